@@ -1,0 +1,25 @@
+"""Defenses: found by name, run on a view that grants only what their threat model does."""
+
+from __future__ import annotations
+
+from bbfast.defenses.base import Defense, DefenseConfig, available, create, find, info, register_defense
+from bbfast.defenses.card import DefenseCard
+from bbfast.defenses.features import FeatureCache
+from bbfast.defenses.result import DefenseResult
+from bbfast.defenses.run import defend
+from bbfast.defenses.view import DefenderView
+
+__all__ = [
+    "DefenderView",
+    "Defense",
+    "DefenseCard",
+    "DefenseConfig",
+    "DefenseResult",
+    "FeatureCache",
+    "available",
+    "create",
+    "defend",
+    "find",
+    "info",
+    "register_defense",
+]

@@ -1,0 +1,201 @@
+"""The base of every defense, its settings, and the registry that finds it by name."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import field_validator, model_validator
+
+from bbfast._config import MethodConfig, build_config
+from bbfast._registry import Registry
+from bbfast.defenses.card import KINDS, DefenseCard
+from bbfast.defenses.result import DefenseResult
+from bbfast.defenses.view import DefenderView
+from bbfast.errors import UnknownNameError
+
+__all__ = ["Defense", "DefenseConfig", "available", "create", "find", "info", "register_defense"]
+
+ALIASES = {
+    "spectral": "ss",
+    "d-br": "d_br",
+    "d-st": "d_st",
+    "i-bau": "i_bau",
+    "ft-sam": "ft_sam",
+    "dde": "ep",
+}
+"""Names used by BackdoorBench's folders and papers. One whose method is not registered stays unknown."""
+
+_REGISTRY: Registry[type[Defense]] = Registry(
+    "defense",
+    packages=("bbfast.defenses.mitigation", "bbfast.defenses.training", "bbfast.defenses.detection"),
+    entry_points="bbfast.defenses",
+    aliases=ALIASES,
+)
+
+D = TypeVar("D", bound="type[Defense]")
+C = TypeVar("C", bound="DefenseConfig")
+
+
+class DefenseConfig(MethodConfig):
+    """Settings of one defense.
+
+    A value comes from, in falling order: the caller, the preset, the data set's row, the field's default. Which of the
+    first two was given is kept (``model_fields_set``), so that the data set's row can be filled in when it is known.
+
+    Args:
+        preset: Name of a row of ``presets``: ``"bbfast"`` (the defaults), ``"reference"`` (the numbers and documented
+            choices of BackdoorBench, never its bugs), ``"paper"`` where it differs.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"bbfast": {}}
+    dataset_defaults: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    preset: str = "bbfast"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        name = values.get("preset", "bbfast")
+        row = cls.presets.get(name, {}) if isinstance(name, str) else {}
+        return {**row, **values}
+
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, name: str) -> str:
+        if name not in cls.presets:
+            raise ValueError(f"expected one of {sorted(cls.presets)}")
+        return name
+
+    def for_dataset(self: C, name: str) -> C:
+        """The same settings, with data set ``name``'s row filled in where neither caller nor preset said anything."""
+        from bbfast.training.presets import dataset_key
+
+        row = self.dataset_defaults.get(dataset_key(name), {})
+        chosen = {key: getattr(self, key) for key in self.model_fields_set}
+        return type(self)(**{**row, **chosen})
+
+
+class Defense(ABC):
+    """One defense: settings, what it needs, and :meth:`run`.
+
+    A subclass sets ``card`` and ``Config`` and registers itself with :func:`register_defense`, which sets ``name``. It
+    keeps no state between runs: everything it learns is in the result.
+
+    Args:
+        config: Settings; default settings if None.
+        **values: Settings by name, instead of ``config``.
+
+    Raises:
+        ConfigError: if a setting is unknown, has the wrong type or is out of range.
+    """
+
+    name: ClassVar[str] = ""
+    card: ClassVar[DefenseCard]
+    Config: ClassVar[type[DefenseConfig]] = DefenseConfig
+
+    def __init__(self, config: DefenseConfig | None = None, **values: Any) -> None:
+        if config is None:
+            config = build_config(self.Config, f"defense {self.name or type(self).__name__}", values)
+        elif values:
+            raise TypeError("give either config or settings by name, not both")
+        elif not isinstance(config, self.Config):
+            raise TypeError(f"config must be a {self.Config.__qualname__}, got {type(config).__qualname__}")
+        self.config: Any = config
+
+    def for_dataset(self, name: str) -> Defense:
+        """The same defense with the settings that its method uses on data set ``name`` (see :class:`DefenseConfig`)."""
+        other = copy.copy(self)
+        other.config = self.config.for_dataset(name)
+        return other
+
+    def check(self, view: DefenderView) -> None:  # noqa: B027 - optional: most methods ask for nothing beyond their card
+        """Refuse what the method cannot do, before any work and without a forward pass.
+
+        Raises:
+            UnsupportedModelError: if the model lacks layers that the method needs.
+            DataRequirementError: if the granted data are too few.
+        """
+
+    @abstractmethod
+    def run(self, view: DefenderView) -> DefenseResult:
+        """Defend with what ``view`` grants; deterministic in (view, config)."""
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{key}={getattr(self.config, key)!r}" for key in sorted(self.config.model_fields_set))
+        return f"{type(self).__name__}({shown})"
+
+
+def register_defense(name: str) -> Callable[[D], D]:
+    """Class decorator: register a defense under ``name``; a taken name raises ``ValueError``."""
+
+    def decorate(cls: D) -> D:
+        if not isinstance(getattr(cls, "card", None), DefenseCard):
+            raise TypeError(f"defense {name!r}: {cls.__qualname__}.card must be a DefenseCard")
+        _REGISTRY.register(name)(cls)
+        cls.name = name
+        return cls
+
+    return decorate
+
+
+def find(name: str) -> type[Defense]:
+    """The class registered under ``name`` or one of its aliases.
+
+    Raises:
+        UnknownNameError: with the nearest known names.
+    """
+    try:
+        return _REGISTRY.get(name)
+    except UnknownNameError:
+        known = _REGISTRY.names()
+        aliases = [alias for alias, target in ALIASES.items() if target in known]
+        raise UnknownNameError("defense", name, [*known, *aliases]) from None
+
+
+def available(kind: str | None = None) -> list[str]:
+    """Names of all defenses, or of those that give ``kind`` (``mitigation``, ``training``, ``detection``,
+    ``inference``, ``model``).
+
+    Raises:
+        ValueError: if ``kind`` is none of them.
+    """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS} or None, got {kind!r}")
+    return [name for name in _REGISTRY.names() if kind is None or kind in _REGISTRY.get(name).card.kinds]
+
+
+def create(name: str, **config: Any) -> Defense:
+    """A defense by name or alias with the given settings.
+
+    Raises:
+        UnknownNameError: if there is no such defense; the message has the nearest names.
+        ConfigError: if a setting is unknown, has the wrong type or is out of range.
+    """
+    return find(name)(**config)
+
+
+def info(name: str) -> dict[str, Any]:
+    """What is known about a defense: paper, kinds, what it needs, defaults, presets, rows by data set, departures."""
+    cls = find(name)
+    card = cls.card
+    return {
+        "name": cls.name,
+        "title": card.title,
+        "paper": card.paper,
+        "year": card.year,
+        "arxiv": card.arxiv,
+        "kinds": list(card.kinds),
+        "needs": sorted(card.needs),
+        "summary": card.summary,
+        "clean_fraction": card.clean_fraction,
+        "reserve_per_class": card.reserve_per_class,
+        "deviations": list(card.deviations),
+        "defaults": cls.Config().model_dump(mode="json"),
+        "presets": {key: dict(row) for key, row in cls.Config.presets.items()},
+        "dataset_defaults": {key: dict(row) for key, row in cls.Config.dataset_defaults.items()},
+    }

@@ -1,0 +1,89 @@
+"""Errors of bbfast.
+
+Bad arguments raise the built-in ``ValueError``, ``TypeError`` and ``IndexError``; the classes here are for state: an
+unknown name, a damaged artefact, a model that lacks what a method needs. All derive from :class:`BBFastError`, so a
+caller (the command line is one) can tell a foreseen failure from a bug.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = [
+    "AccessDeniedError",
+    "ArtifactError",
+    "BBFastError",
+    "ConfigError",
+    "CorruptArtifactError",
+    "DataRequirementError",
+    "DatasetError",
+    "NewerFormatError",
+    "UnknownNameError",
+    "UnsupportedModelError",
+    "nearest",
+]
+
+
+class BBFastError(Exception):
+    """Base class of every foreseen failure that is not a bad argument."""
+
+
+class UnknownNameError(BBFastError, LookupError):
+    """No method, model, data set or layer role of that name; the message lists the nearest ones."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        close = nearest(name, known)
+        hint = f"did you mean {', '.join(map(repr, close))}?" if close else f"known: {', '.join(known) or 'none'}"
+        super().__init__(f"unknown {kind} {name!r}; {hint}")
+        self.kind, self.name, self.known = kind, name, known
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions pickle as their message alone; a worker process must be able to hand this one back.
+        return type(self), (self.kind, self.name, self.known)
+
+
+class ConfigError(BBFastError, ValueError):
+    """A setting is unknown, has the wrong type or is out of range."""
+
+
+class DatasetError(BBFastError):
+    """A data set's files are missing or damaged; the message says which file and how to get it."""
+
+
+class ArtifactError(BBFastError):
+    """A result folder cannot be read or written."""
+
+
+class CorruptArtifactError(ArtifactError):
+    """A file of a result folder is missing, truncated or does not match its recorded checksum."""
+
+
+class NewerFormatError(ArtifactError):
+    """A result folder was written by a newer bbfast than this one."""
+
+
+class UnsupportedModelError(BBFastError):
+    """A method cannot work on this model; raised before any work is done."""
+
+    def __init__(self, method: str, model: str, reason: str, hint: str = "") -> None:
+        super().__init__(f"{method} cannot work on {model}: {reason}" + (f" ({hint})" if hint else ""))
+        self.method, self.model, self.reason, self.hint = method, model, reason, hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.method, self.model, self.reason, self.hint)
+
+
+class DataRequirementError(BBFastError):
+    """A method needs data that the run does not provide, or more of it than there is."""
+
+
+class AccessDeniedError(BBFastError):
+    """A defense asked its view for something that its threat model does not grant."""
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
+    """Up to ``n`` names of ``known`` closest to ``name``, best first."""
+    return difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)

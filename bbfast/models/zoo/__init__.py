@@ -1,0 +1,1 @@
+"""The models that come with bbfast; every module here registers its own."""

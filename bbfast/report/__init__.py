@@ -1,0 +1,3 @@
+"""Pages that show results: static, self-contained, readable without a network."""
+
+from __future__ import annotations

@@ -1,0 +1,167 @@
+"""The page of one attack and the defenses tried on it: one HTML file with everything inside it.
+
+What is shown is handed over as plain data (:class:`RunPage`), so the page knows nothing of models or methods.
+Everything is escaped by the template.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+__all__ = ["METRICS", "Column", "Example", "Picture", "Row", "RunPage", "render", "write"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric of the table: its key in a row, what is printed, its meaning, and which direction is the defender's."""
+
+    key: str
+    title: str
+    meaning: str
+    better: str = ""
+
+
+METRICS = (
+    Column("c_acc", "C-Acc", "accuracy on clean test images", "higher"),
+    Column("asr", "ASR", "share of triggered test images that the model sends where the attacker wants them", "lower"),
+    Column(
+        "r_acc", "R-Acc", "share of triggered test images that the model recognises in spite of the trigger", "higher"
+    ),
+    Column(
+        "der", "DER", "fall of ASR weighed against loss of C-Acc; 50 is no effect, 100 is a perfect repair", "higher"
+    ),
+    Column("rir", "RIR", "rise of R-Acc weighed against loss of C-Acc; 50 is no effect", "higher"),
+    Column("tpr", "TPR", "share of poisoned samples that were flagged", "higher"),
+    Column("fpr", "FPR", "share of clean samples that were flagged", "lower"),
+    Column("auroc", "AUROC", "how well the score ranks poisoned above clean samples; 50 is chance", "higher"),
+)
+"""The metrics of attacks and defenses, all fractions, in the order in which they are shown."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; metrics are fractions by the key of their column, those that do not apply are left out."""
+
+    name: str
+    title: str
+    kind: str
+    metrics: Mapping[str, float | None]
+    seconds: float
+    reused: bool = False
+
+
+@dataclass(frozen=True)
+class Example:
+    """A training image before and after poisoning, as data URIs, with the labels as text."""
+
+    clean: str
+    poisoned: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Any other image, as data URI, with what is to be read under it."""
+
+    image: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class RunPage:
+    """Everything on the page.
+
+    Args:
+        title: Headline and name of the browser tab.
+        lead: One or two sentences under it.
+        rows: The attack first, then the defenses.
+        remarks: Sentences under the table.
+        examples: Poisoned training images.
+        charts: SVG elements of the training, as :mod:`bbfast.report.figures` draws them.
+        inversion: What a trigger-reversing method found: a chart, pictures and a sentence; empty if none ran.
+        settings: Titled groups of settings.
+        commands: Command lines that give the same results.
+        facts: Where, when and with what it was made.
+    """
+
+    title: str
+    lead: str
+    rows: Sequence[Row]
+    remarks: Sequence[str] = ()
+    examples: Sequence[Example] = ()
+    charts: Sequence[str] = ()
+    inversion: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    commands: Sequence[str] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+def render(page: RunPage) -> str:
+    """The page as HTML."""
+    used = [c for c in METRICS if any(row.metrics.get(c.key) is not None for row in page.rows)]
+    return _template().render(page=page, columns=used)
+
+
+def write(page: RunPage, path: Path) -> Path:
+    """Write the page to ``path``, whole or not at all; a page already there is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(render(page))
+        # mkstemp makes the file private; a page is to be shown to others as the user's other files are.
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    return path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@lru_cache(maxsize=1)
+def _template() -> Template:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("bbfast.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = _percent
+    environment.filters["words"] = _words
+    return environment.get_template("run.html.j2")
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None or value != value else f"{100 * value:.2f}"
+
+
+def _words(value: Any) -> str:
+    """A setting as text: lists with commas, nothing for None."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_words, value)) or "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} = {_words(v)}" for k, v in value.items()) or "none"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value is None else str(value)

@@ -1,0 +1,29 @@
+#include "common/torch_cuda.h"
+#include "ops/softmax_entropy/softmax_entropy.h"
+
+namespace bbfast {
+namespace {
+
+Tensor softmax_entropy(const Tensor& logits) {  // [N, K]
+  BBFAST_CHECK_VALUE(logits.dim() == 2 && logits.size(1) > 0, "softmax_entropy: logits must be [N, K] with K > 0, got ",
+                     shape_of(logits));
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const Tensor dense = torch::stable::contiguous(logits);
+  const Tensor entropy = torch::stable::new_empty(logits, {logits.size(0)});
+  if (logits.size(0) == 0) return entropy;
+  dispatch_float(logits.scalar_type(), "softmax_entropy", "logits", [&](auto element) {
+    using T = CudaElement<decltype(element)>;
+    softmax_entropy_cuda(data<T>(dense), mutable_data<T>(entropy), logits.size(0), logits.size(1),
+                         current_stream(dense));
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return entropy;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bbfast, CUDA, m) {
+  m.impl("softmax_entropy", TORCH_BOX(&softmax_entropy));
+}
+
+}  // namespace bbfast

@@ -1,0 +1,42 @@
+"""The python examples of the documentation pages run as printed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def examples(page: Path) -> list[str]:
+    found = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [block for block in found if not block.startswith("--8<--")]  # an included file is run by the README's test
+
+
+PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if examples(page)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_examples_of_the_page_run(page: Path, tmp_path: Path) -> None:
+    script = tmp_path / "page.py"
+    script.write_text("\n\n".join(examples(page)))
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_shows_the_quick_start_that_ships() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert (ROOT / "examples" / "quickstart.py").read_text().strip() in readme
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
+    assert not [page for page in pages if page not in navigation]
