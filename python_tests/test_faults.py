@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from bbfast import artifact
+
 ROOT = Path(__file__).parents[1]
 EPOCHS = 5
 FIGURES = ("c_acc", "asr", "r_acc", "poison_ratio")
@@ -85,7 +87,9 @@ def test_killed_at_random_moments_ends_as_if_never_killed(
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL
-        assert _visible(tmp_path) == [], "nothing half-written may be seen"
+        # A process killed late may have published its result just before: then that must be whole.
+        for name in _visible(tmp_path):
+            artifact.read(tmp_path / name, verify=True)
     result, _ = _finish(_start(tmp_path))
     _check(result, undisturbed, weights)
 
