@@ -10,9 +10,9 @@
 #include <cstdint>
 #include <optional>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 
+#include "common/errors.h"
 #include "common/parallel.h"
 #include "common/scalar.h"
 
@@ -28,15 +28,15 @@ std::string message(const Parts&... parts) {
   return text.str();
 }
 
-// STD_TORCH_CHECK throws std::runtime_error, which arrives in Python as RuntimeError. These throw what torch's binding
-// turns into ValueError and IndexError, so a caller can tell a bad argument from a failure.
-#define BBFAST_CHECK_AS(error, condition, ...)   \
-  do {                                           \
-    if (!(condition)) [[unlikely]]               \
-      throw error(bbfast::message(__VA_ARGS__)); \
+// STD_TORCH_CHECK throws std::runtime_error, which arrives in Python as RuntimeError. These arrive as ValueError and
+// IndexError, so a caller can tell a bad argument from a failure.
+#define BBFAST_CHECK_AS(raise, condition, ...)     \
+  do {                                             \
+    if (!(condition)) [[unlikely]]                 \
+      bbfast::raise(bbfast::message(__VA_ARGS__)); \
   } while (0)
-#define BBFAST_CHECK_VALUE(condition, ...) BBFAST_CHECK_AS(std::invalid_argument, condition, __VA_ARGS__)
-#define BBFAST_CHECK_INDEX(condition, ...) BBFAST_CHECK_AS(std::out_of_range, condition, __VA_ARGS__)
+#define BBFAST_CHECK_VALUE(condition, ...) BBFAST_CHECK_AS(throw_value_error, condition, __VA_ARGS__)
+#define BBFAST_CHECK_INDEX(condition, ...) BBFAST_CHECK_AS(throw_index_error, condition, __VA_ARGS__)
 
 inline void torch_parallel(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context) {
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
