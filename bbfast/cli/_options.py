@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -58,11 +58,12 @@ def _loader() -> type[SafeLoader]:
     from yaml import SafeLoader
 
     class Loader(SafeLoader):
-        yaml_implicit_resolvers: ClassVar = {
-            first: [(tag, rule) for tag, rule in rules if not tag.endswith(":bool")]
-            for first, rules in SafeLoader.yaml_implicit_resolvers.items()
-        }
+        pass
 
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, rule) for tag, rule in rules if not tag.endswith(":bool")]
+        for first, rules in SafeLoader.yaml_implicit_resolvers.items()
+    }
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
     )
