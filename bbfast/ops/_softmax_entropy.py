@@ -44,7 +44,7 @@ def softmax_entropy_reference(logits: Tensor) -> Tensor:
 
 
 def _check_logits(logits: Any) -> None:
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+    if not _check.is_dense(logits, _check.FLOATS):
         raise TypeError(f"softmax_entropy: logits must be a floating tensor [N, K], got {_check.describe(logits)}")
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"softmax_entropy: logits must be [N, K] with K > 0, got {_check.describe(logits)}")
