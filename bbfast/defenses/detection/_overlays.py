@@ -12,6 +12,7 @@ __all__ = ["draw_overlays", "mean_entropy"]
 
 # Entries of the table samples x reserve that exist at a time.
 _LOTTERY = 1 << 22
+_BLENDS = ("add_clip", "add_normalised", "convex")
 
 
 def draw_overlays(keys: Tensor, labels: Tensor, count: int, seed: int, exclude: Tensor | None = None) -> Tensor:
@@ -76,13 +77,12 @@ def mean_entropy(
 ) -> Tensor:
     """Mean entropy of the softmax over a sample's superimposed copies, in nats.
 
-    Normalisation is affine, so every way of blending is one sum of two images prepared in advance, under a ceiling or
-    not; at most about ``batch_size`` sums exist at a time.
+    See :func:`bbfast.ops.overlay_batch`; at most about ``batch_size`` superimposed images exist at a time.
 
     Args:
         model: Normalised images to logits; in eval mode.
         images: uint8 0..255 or float 0..1, ``[N, C, H, W]``.
-        overlays: uint8 0..255 or float 0..1, ``[R, C, H, W]``.
+        overlays: ``[R, C, H, W]``, like ``images``.
         draws: int64 ``[N, M]``, positions in ``overlays``.
         blend: ``add_clip``: ``clip(x + alpha r, 0, 1)``, then normalised. ``add_normalised``: normalised ``x`` plus
             ``alpha`` times normalised ``r``. ``convex``: ``alpha x + (1 - alpha) r``, then normalised.
@@ -98,33 +98,28 @@ def mean_entropy(
     Raises:
         ValueError: if ``blend`` is unknown.
     """
-    weights = {"add_clip": (1.0, alpha), "add_normalised": (1.0, alpha), "convex": (alpha, 1 - alpha)}
-    if blend not in weights:
-        raise ValueError(f"blend must be one of {sorted(weights)}, got {blend!r}")
+    if blend not in _BLENDS:
+        raise ValueError(f"blend must be one of {sorted(_BLENDS)}, got {blend!r}")
     device = overlays.device
-    shift, scale = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-    own, other = weights[blend]
-    # add_clip subtracts the mean once, with the image; the others normalise both.
-    added = _prepared(overlays, torch.zeros_like(shift) if blend == "add_clip" else shift, scale, other)
-    ceiling = (1 - shift) / scale if blend == "add_clip" else None
+    # Once, not for every batch: a channels-last batch is made of channels-last images.
+    overlays = overlays.contiguous(memory_format=torch.channels_last)
     step = max(1, batch_size // draws.shape[1])
     entropies = []
     for start in range(0, images.shape[0], step):
         chosen = draws[start : start + step].to(device)
-        x = _prepared(images[start : start + step].to(device), shift, scale, own)
-        blended = added[chosen].add_(x[:, None])
-        if ceiling is not None:
-            torch.minimum(blended, ceiling, out=blended)
+        own = torch.arange(chosen.shape[0], device=device)[:, None].expand_as(chosen)
+        blended = ops.overlay_batch(
+            images[start : start + step].to(device),
+            overlays,
+            torch.stack((own, chosen), 2).flatten(0, 1),
+            mean=mean,
+            std=std,
+            dtype=dtype,
+            blend=blend,
+            alpha=alpha,
+            channels_last=True,
+        )
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            # [B, M, H, W, C] in memory is a channels-last batch.
-            logits = model(blended.flatten(0, 1).permute(0, 3, 1, 2))
+            logits = model(blended)
         entropies.append(ops.softmax_entropy(logits.float()).view(chosen.shape).mean(dim=1))
     return torch.cat(entropies) if entropies else torch.zeros(0, device=device)
-
-
-def _prepared(images: Tensor, shift: Tensor, scale: Tensor, weight: float) -> Tensor:
-    """``weight * (images - shift) / scale`` with channels last in memory, float32 ``[N, H, W, C]``."""
-    pixels = images.permute(0, 2, 3, 1).float()
-    if images.dtype == torch.uint8:
-        pixels = pixels / 255
-    return ((pixels - shift) * (weight / scale)).contiguous()

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/class_groups.h"
 #include "common/scalar.h"
 #include "common/simd.h"
 #include "ops/class_moments/class_moments.h"
@@ -12,19 +13,6 @@ constexpr int64_t kTile = 32;   // a task computes one kTile x kTile piece of on
 constexpr int64_t kChunk = 32;  // rows centred at a time
 constexpr int64_t kStrip = 4;   // tile rows whose sums stay in registers
 constexpr int64_t kColumns = 256;
-
-// Rows of each class, in their order: the rows of class k are order[start[k] .. start[k + 1]).
-struct Groups {
-  std::vector<int64_t> start;
-  std::vector<int64_t> order;
-
-  Groups(const int64_t* labels, const MomentsShape& shape) : start(shape.classes + 1, 0), order(shape.rows) {
-    for (int64_t r = 0; r < shape.rows; ++r) ++start[labels[r] + 1];
-    for (int64_t k = 0; k < shape.classes; ++k) start[k + 1] += start[k];
-    std::vector<int64_t> next(start.begin(), start.end() - 1);
-    for (int64_t r = 0; r < shape.rows; ++r) order[next[labels[r]]++] = r;
-  }
-};
 
 // Mean of the columns [from, from + count) over some rows.
 template <class T>
@@ -106,9 +94,7 @@ template <class T>
 void class_moments_cpu(const T* features, const int64_t* labels, OldMoments old, NewMoments out, MomentsShape shape,
                        ParallelFor parallel) {
   const int64_t d = shape.width;
-  const Groups groups(labels, shape);
-  const auto rows_of = [&](int64_t k) { return groups.start[k + 1] - groups.start[k]; };
-  const auto order_of = [&](int64_t k) { return groups.order.data() + groups.start[k]; };
+  const ClassGroups groups(labels, shape.rows, shape.classes);
   std::vector<double> batch_mean(shape.classes * d);
 
   const int64_t pieces = (d + kColumns - 1) / kColumns;
@@ -116,7 +102,8 @@ void class_moments_cpu(const T* features, const int64_t* labels, OldMoments old,
     for (int64_t item = begin; item < end; ++item) {
       const int64_t k = item / pieces;
       const int64_t from = (item - k * pieces) * kColumns;
-      mean_columns(features, d, order_of(k), rows_of(k), from, std::min(kColumns, d - from), batch_mean.data() + k * d);
+      mean_columns(features, d, groups.order_of(k), groups.rows_of(k), from, std::min(kColumns, d - from),
+                   batch_mean.data() + k * d);
     }
   };
   for_range(parallel, shape.classes * pieces, 1, means);
@@ -124,14 +111,14 @@ void class_moments_cpu(const T* features, const int64_t* labels, OldMoments old,
   // Chan, Golub and LeVeque (1983), eq. 1.5: the two groups' own scatter, and that of their means.
   const auto old_count = [&](int64_t k) { return old.count != nullptr ? old.count[k] : int64_t{0}; };
   const auto share = [&](int64_t k) {
-    const int64_t total = old_count(k) + rows_of(k);
-    return total > 0 ? static_cast<double>(rows_of(k)) / static_cast<double>(total) : 0.0;
+    const int64_t total = old_count(k) + groups.rows_of(k);
+    return total > 0 ? static_cast<double>(groups.rows_of(k)) / static_cast<double>(total) : 0.0;
   };
   const auto delta = [&](int64_t k, int64_t j) {
     return old.mean != nullptr ? batch_mean[k * d + j] - old.mean[k * d + j] : 0.0;
   };
   for (int64_t k = 0; k < shape.classes; ++k) {
-    out.count[k] = old_count(k) + rows_of(k);
+    out.count[k] = old_count(k) + groups.rows_of(k);
     for (int64_t j = 0; j < d; ++j) {
       out.mean[k * d + j] = old.mean != nullptr ? old.mean[k * d + j] + delta(k, j) * share(k) : batch_mean[k * d + j];
     }
@@ -148,7 +135,7 @@ void class_moments_cpu(const T* features, const int64_t* labels, OldMoments old,
       const int64_t top = i * kTile;
       const int64_t left = (i + pair) * kTile;
       alignas(64) double sums[kTile][kTile] = {};
-      scatter_tile(features, d, order_of(k), rows_of(k), batch_mean.data() + k * d, top, left, sums);
+      scatter_tile(features, d, groups.order_of(k), groups.rows_of(k), batch_mean.data() + k * d, top, left, sums);
       const double weight = static_cast<double>(old_count(k)) * share(k);
       const auto finish = [&](int64_t row, int64_t column, double sum) {
         const int64_t at = (k * d + row) * d + column;

@@ -1,73 +1,16 @@
+#include "common/class_order.cuh"
 #include "common/cuda.cuh"
 #include "ops/class_moments/class_moments.h"
 
 namespace bbfast {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
+struct MomentsOrder {
+  static __device__ const char* name() { return "class_moments"; }
+};
+
+constexpr int kThreads = kClassThreads;
 constexpr unsigned kMaxBlocksY = 65535;
-
-// How many rows each class has: a block a class, looking at every label. Counts are integers, so their order does not
-// matter.
-__global__ void __launch_bounds__(kThreads)
-    count_kernel(const int64_t* __restrict__ labels, int64_t* __restrict__ counts, int64_t rows, int64_t classes) {
-  __shared__ unsigned long long total;
-  for (int64_t k = blockIdx.x; k < classes; k += gridDim.x) {
-    if (threadIdx.x == 0) total = 0;
-    __syncthreads();
-    unsigned long long own = 0;
-    for (int64_t r = threadIdx.x; r < rows; r += kThreads) {
-      const int64_t label = labels[r];
-      BBFAST_DEVICE_CHECK(
-          label >= 0 && label < classes, "class_moments: labels must lie in 0..%lld, got %lld at position %lld",
-          static_cast<long long>(classes - 1), static_cast<long long>(label), static_cast<long long>(r));
-      own += label == k ? 1 : 0;
-    }
-    atomicAdd(&total, own);
-    __syncthreads();
-    if (threadIdx.x == 0) counts[k] = static_cast<int64_t>(total);
-    __syncthreads();
-  }
-}
-
-// The rows of each class, in their order, one class after the other: again a block a class, 256 labels at a time; a
-// row's place is the number of the class's rows before it.
-__global__ void __launch_bounds__(kThreads)
-    order_kernel(const int64_t* __restrict__ labels, const int64_t* __restrict__ counts, int64_t* __restrict__ starts,
-                 int64_t* __restrict__ order, int64_t rows, int64_t classes) {
-  __shared__ int in_warp[kWarps];
-  __shared__ unsigned long long start;
-  const int lane = threadIdx.x & 31;
-  const int warp = threadIdx.x >> 5;
-  for (int64_t k = blockIdx.x; k < classes; k += gridDim.x) {
-    if (threadIdx.x == 0) start = 0;
-    __syncthreads();
-    unsigned long long earlier = 0;
-    for (int64_t j = threadIdx.x; j < k; j += kThreads) earlier += static_cast<unsigned long long>(counts[j]);
-    atomicAdd(&start, earlier);
-    __syncthreads();
-    int64_t next = static_cast<int64_t>(start);
-    if (threadIdx.x == 0) starts[k] = next;
-    for (int64_t base = 0; base < rows; base += kThreads) {
-      const int64_t r = base + threadIdx.x;
-      const bool own = r < rows && labels[r] == k;
-      const unsigned votes = __ballot_sync(0xFFFFFFFFu, own);
-      if (lane == 0) in_warp[warp] = __popc(votes);
-      __syncthreads();
-      int before = 0;
-      int all = 0;
-      for (int w = 0; w < kWarps; ++w) {
-        before += w < warp ? in_warp[w] : 0;
-        all += in_warp[w];
-      }
-      if (own) order[next + before + __popc(votes & ((1u << lane) - 1u))] = r;
-      next += all;
-      __syncthreads();
-    }
-    __syncthreads();
-  }
-}
 
 constexpr int kMeanColumns = 32;
 constexpr int kMeanRows = kThreads / kMeanColumns;
@@ -184,9 +127,8 @@ template <class T>
 void class_moments_cuda(const T* features, const int64_t* labels, OldMoments old, NewMoments out,
                         MomentsScratch scratch, MomentsShape s, CudaStream stream) {
   const auto blocks = static_cast<unsigned>(s.classes < kMaxBlocksY ? s.classes : kMaxBlocksY);
-  count_kernel<<<blocks, kThreads, 0, stream>>>(labels, scratch.batch_count, s.rows, s.classes);
-  order_kernel<<<blocks, kThreads, 0, stream>>>(labels, scratch.batch_count, scratch.batch_start, scratch.order, s.rows,
-                                                s.classes);
+  order_by_class<MomentsOrder>(labels, scratch.batch_count, scratch.batch_start, scratch.order, s.rows, s.classes,
+                               stream);
   // A width of zero still has counts to write.
   const auto pieces = static_cast<unsigned>((s.width + kMeanColumns - 1) / kMeanColumns);
   const dim3 mean_grid(pieces > 0 ? pieces : 1, blocks);
