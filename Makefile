@@ -14,7 +14,7 @@ JOBS ?= 2
 WERROR ?= OFF
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc cmake -type f 2>/dev/null)
 
-.PHONY: demo test slow lint format docs clean
+.PHONY: demo test slow sanitize lint format docs clean
 
 demo: $(VENV)/.built
 	$(BIN)/bbfast demo $(ARGS)
@@ -25,6 +25,20 @@ test: $(VENV)/.built $(VENV)/.dev
 
 slow: $(VENV)/.built $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(ARGS)
+
+# The operations' tests against a build with address and undefined-behaviour sanitizers, in an environment of its own
+# that borrows the packages of the first.
+SANITIZED := build/sanitize
+sanitize: $(VENV)/.built $(VENV)/.dev
+	rm -rf $(SANITIZED)
+	$(PYTHON) -m venv --without-pip $(SANITIZED)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  $$($(SANITIZED)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth
+	PATH="$(abspath $(BIN)):$$PATH" $(SANITIZED)/bin/python -m pip install -q --no-build-isolation --no-deps -e . \
+	  -C build-dir=$(SANITIZED)/native -C cmake.define.BBFAST_CUDA=OFF -C cmake.define.BBFAST_SANITIZE=ON
+	LD_LIBRARY_PATH="$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')/lib" \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  OMP_NUM_THREADS=2 $(SANITIZED)/bin/python -m pytest -p no:xdist -s python_tests/ops $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

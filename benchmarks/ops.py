@@ -49,7 +49,7 @@ class Case:
         if self.op == "gather_augment":  # of the images only those that are taken
             images, index = self.arguments
             inputs = [images[: len(index)], index, *self.options.values()]
-        elif self.op == "class_moments":
+        elif self.op in ("channel_stats", "class_moments", "topk_update"):
             inputs = list(self.arguments)
         once = sum(t.numel() * t.element_size() for t in (*inputs, *results) if isinstance(t, Tensor))
         if self.backward:  # the gradient of the result comes in as well
@@ -91,8 +91,19 @@ def cases(batch: int, device: torch.device) -> list[Case]:
         torch.randn(5000, 512, generator=g).to(device),
         torch.randint(0, 10, (5000,), generator=g).to(device),
     )
+    delta = 60 * unit(3, 32, 32) - 30
     leaf = f.clone().requires_grad_()
     pattern_leaf, mask_leaf = unit(3, 32, 32).requires_grad_(), unit(32, 32).requires_grad_()
+    maps = torch.randn(batch, 64, 32, 32, generator=g).to(device)
+    deep = torch.randn(batch, 512, 4, 4, generator=g).to(device)
+    stage = torch.randn(30, 256, 8, 8, generator=g).relu()
+    drawn = torch.randint(0, 500, (64 * 64,), generator=g)
+    pairs = torch.stack((torch.arange(64).repeat_interleave(64), drawn), 1).to(device)
+    normal: dict[str, Any] = {"mean": augment["mean"], "std": augment["std"]}
+    last = torch.channels_last
+    kernel = torch.randn(512, 512, 3, 3, generator=g).to(device)
+    sample_ids = torch.arange(5000, device=device)
+    tops = ops.topk_update(None, features[:-256], sample_ids[:-256], 10)
     logits = torch.randn(50_000, 10, generator=g).to(device)
     return [
         Case("patch uint8 32x32", "patch", (x, x[0], mask)),
@@ -104,6 +115,23 @@ def cases(batch: int, device: torch.device) -> list[Case]:
         Case("blend uint8 32x32, truncate", "blend", (x, x[0].float(), 0.2), {"rounding": "truncate"}),
         Case("blend uint8 224x224", "blend", (big, big[0], 0.2)),
         Case("blend float32 32x32", "blend", (f, f[0], 0.2)),
+        Case("add uint8 32x32", "add", (x, delta)),
+        Case("add uint8 32x32, truncate", "add", (x, delta), {"rounding": "truncate"}),
+        Case("add uint8 32x32, a delta a sample", "add", (x, 60 * f - 30)),
+        Case("add uint8 224x224", "add", (big, 60 * unit(3, 224, 224) - 30)),
+        Case("add float32 32x32", "add", (f, delta / 255)),
+        Case("add float32 backward", "add", (leaf, unit(3, 32, 32).requires_grad_()), backward=True),
+        Case("sinusoid uint8 32x32", "sinusoid", (x,)),
+        Case("sinusoid uint8 32x32, truncate", "sinusoid", (x,), {"rounding": "truncate"}),
+        Case("sinusoid uint8 224x224", "sinusoid", (big,)),
+        Case("sinusoid float32 32x32", "sinusoid", (f,)),
+        Case("quantize uint8 32x32", "quantize", (x,)),
+        Case("quantize uint8 32x32, 11 levels", "quantize", (x, 11)),
+        Case("quantize uint8 224x224", "quantize", (big,)),
+        Case("quantize float32 32x32", "quantize", (f,)),
+        Case("quantize uint8 32x32, dither", "quantize", (x, 8, True)),
+        Case("quantize uint8 224x224, dither", "quantize", (big, 8, True)),
+        Case("quantize float32 32x32, dither", "quantize", (f, 8, True)),
         Case("warp uint8 32x32", "warp", (x, grid)),
         Case("warp float32 32x32", "warp", (f, grid)),
         Case("warp float32, a grid a sample", "warp", (f, grid.expand(batch, 32, 32, 2).contiguous())),
@@ -118,7 +146,30 @@ def cases(batch: int, device: torch.device) -> list[Case]:
             augment | {"channels_last": True, "dtype": torch.bfloat16},
         ),
         Case("class_moments 5000 x 512, 10 classes", "class_moments", (features, labels, 10)),
+        Case("spectral_add uint8 32x32, yuv", "spectral_add", (x, [(15, 15), (31, 31)], 100)),
+        Case("spectral_add uint8 32x32, ycrcb", "spectral_add", (x, [(15, 15), (31, 31)], 30), {"color": "ycrcb"}),
+        Case("spectral_add uint8 224x224, ycrcb", "spectral_add", (big, [(15, 15), (31, 31)], 30), {"color": "ycrcb"}),
+        Case("spectral_add float32 32x32, yuv", "spectral_add", (f, [(15, 15), (31, 31)], 100)),
+        Case("amplitude_mix uint8 32x32", "amplitude_mix", (x, x[0], 0.15, 0.1)),
+        Case("reflect uint8 32x32, ghost", "reflect", (x, x[0], "ghost")),
+        Case("reflect uint8 32x32, out of focus", "reflect", (x, x[0], "out_of_focus")),
+        Case("dct2 float32 32x32", "dct2", (f,)),
+        Case("dct2 float32 224x224 in blocks of 32", "dct2", (big.float(), 32)),
+        Case("channel_lipschitz 512 x 512 x 3 x 3", "channel_lipschitz", (kernel, kernel[:, 0, 0, 0].clone())),
+        Case("channel_stats 512 x 64 x 32 x 32", "channel_stats", (maps,)),
+        Case("channel_stats channels_last", "channel_stats", (maps.contiguous(memory_format=torch.channels_last),)),
+        Case("channel_stats 512 x 512 x 4 x 4, classes", "channel_stats", (deep, labels[: len(deep)], 10)),
+        Case("gram_powers 30 x 256 x 8 x 8", "gram_powers", (stage.to(device),)),
+        Case("overlay_batch uint8 to float32", "overlay_batch", (x[:64], memory[:500], pairs), normal),
+        Case(
+            "overlay_batch uint8 to bfloat16 channels_last",
+            "overlay_batch",
+            (x[:64].to(memory_format=last), memory[:500].to(memory_format=last), pairs),
+            normal | {"dtype": torch.bfloat16, "channels_last": True},
+        ),
         Case("softmax_entropy 50000 x 10", "softmax_entropy", (logits,)),
+        Case("topk_update 256 of 5000 x 512, k = 10", "topk_update", (tops, features[-256:], sample_ids[-256:], 10)),
+        Case("topk_update 5000 x 512, k = 10", "topk_update", (None, features, sample_ids, 10)),
         Case("softmax_entropy 5000 x 1000", "softmax_entropy", (torch.randn(5000, 1000, generator=g).to(device),)),
     ]
 

@@ -103,7 +103,7 @@ def _prepare(
         if not 0 <= number <= 1:
             raise ValueError(f"blend: alpha must lie in 0..1, got {alpha!r}")
         return pattern, number, None, truncate
-    if alpha.dtype not in _check.FLOATS:
+    if not _check.is_dense(alpha, _check.FLOATS):
         raise TypeError(f"blend: alpha must be a number or a floating tensor, got {_check.describe(alpha)}")
     if tuple(alpha.shape) not in ((), (n,), (h, w)):
         raise ValueError(f"blend: alpha must be a number, [{n}] or [{h}, {w}], got {_check.describe(alpha)}")

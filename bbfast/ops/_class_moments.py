@@ -95,7 +95,7 @@ def _merge(a: Moments, b: Moments) -> Moments:
 
 
 def _check_arguments(features: Any, labels: Any, num_classes: int, state: Any) -> None:
-    if not isinstance(features, Tensor) or features.dtype not in _check.FLOATS:
+    if not _check.is_dense(features, _check.FLOATS):
         raise TypeError(f"class_moments: features must be a floating tensor [N, D], got {_check.describe(features)}")
     if features.dim() != 2:
         raise ValueError(f"class_moments: features must be [N, D], got {_check.describe(features)}")
@@ -104,11 +104,13 @@ def _check_arguments(features: Any, labels: Any, num_classes: int, state: Any) -
         raise ValueError(f"class_moments: num_classes must be a positive integer, got {num_classes!r}")
     if state is None:
         return
+    if not isinstance(state, tuple) or len(state) != len(Moments._fields):
+        raise TypeError(f"class_moments: state must be the Moments of another call, got {_check.describe(state)}")
     d = features.shape[1]
     expected = ((num_classes,), (num_classes, d), (num_classes, d, d))
     dtypes = (torch.int64, torch.float64, torch.float64)
     for name, value, shape, dtype in zip(Moments._fields, state, expected, dtypes, strict=True):
-        if not isinstance(value, Tensor) or value.dtype != dtype:
+        if not _check.is_dense(value, (dtype,)):
             kind = str(dtype).removeprefix("torch.")
             raise TypeError(f"class_moments: state.{name} must be a {kind} tensor, got {_check.describe(value)}")
         if tuple(value.shape) != shape:

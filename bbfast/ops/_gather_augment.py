@@ -55,11 +55,9 @@ def gather_augment(
             the kernel prints the index and stops with a device-side error, as PyTorch's own indexing does, and reads
             nothing.
     """
-    offset, means, stds = _prepare(images, index, offset, flip, padding, mean, std, dtype)
+    offset, means, stds = _prepare(images, index, offset, flip, padding, mean, std, dtype, channels_last)
     if _native.usable("gather_augment", images):
-        return torch.ops.bbfast.gather_augment(
-            images, index, offset, flip, padding, means, stds, dtype, bool(channels_last)
-        )
+        return torch.ops.bbfast.gather_augment(images, index, offset, flip, padding, means, stds, dtype, channels_last)
     return _compute(images, index, offset, flip, padding, means, stds, dtype, channels_last)
 
 
@@ -76,7 +74,7 @@ def gather_augment_reference(
     channels_last: bool = False,
 ) -> Tensor:
     """:func:`gather_augment` in plain PyTorch."""
-    offset, means, stds = _prepare(images, index, offset, flip, padding, mean, std, dtype)
+    offset, means, stds = _prepare(images, index, offset, flip, padding, mean, std, dtype, channels_last)
     return _compute(images, index, offset, flip, padding, means, stds, dtype, channels_last)
 
 
@@ -120,14 +118,22 @@ def _compute(
 
 
 def _prepare(
-    images: Any, index: Any, offset: Any, flip: Any, padding: int, mean: Any, std: Any, dtype: torch.dtype
+    images: Any,
+    index: Any,
+    offset: Any,
+    flip: Any,
+    padding: int,
+    mean: Any,
+    std: Any,
+    dtype: torch.dtype,
+    channels_last: Any,
 ) -> tuple[Tensor | None, list[float], list[float]]:
     """Checks everything; returns the offset as int64 and mean and std as lists, empty for none."""
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+    if not _check.is_dense(images, (torch.uint8,)):
         raise TypeError(f"gather_augment: images must be a uint8 tensor [M, C, H, W], got {_check.describe(images)}")
     if images.dim() != 4:
         raise ValueError(f"gather_augment: images must be [M, C, H, W], got {_check.describe(images)}")
-    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+    if not _check.is_dense(index, (torch.int64,)):
         raise TypeError(f"gather_augment: index must be an int64 tensor [B], got {_check.describe(index)}")
     if index.dim() != 1:
         raise ValueError(f"gather_augment: index must be [B], got {_check.describe(index)}")
@@ -135,7 +141,7 @@ def _prepare(
     if isinstance(padding, bool) or not isinstance(padding, int) or padding < 0:
         raise ValueError(f"gather_augment: padding must be an integer >= 0, got {padding!r}")
     if offset is not None:
-        if not isinstance(offset, Tensor) or offset.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        if not _check.is_dense(offset, (torch.int64, torch.int32, torch.int16, torch.uint8)):
             raise TypeError(f"gather_augment: offset must be an integer tensor [B, 2], got {_check.describe(offset)}")
         if tuple(offset.shape) != (index.shape[0], 2):
             raise ValueError(f"gather_augment: offset must be [{index.shape[0]}, 2], got {_check.describe(offset)}")
@@ -143,23 +149,16 @@ def _prepare(
         offset = offset.long()
     if flip is not None:
         _check.vector("gather_augment", "flip", flip, torch.bool, index.shape[0], images)
-    if dtype not in _check.IMAGE_DTYPES:
-        raise TypeError(f"gather_augment: dtype must be float32, bfloat16, float16, float64 or uint8, got {dtype}")
-    means, stds = _channel_values("mean", mean, images.shape[1]), _channel_values("std", std, images.shape[1])
+    _check.flag("gather_augment", "channels_last", channels_last)
+    if not isinstance(dtype, torch.dtype) or dtype not in _check.IMAGE_DTYPES:
+        raise TypeError(f"gather_augment: dtype must be float32, bfloat16, float16, float64 or uint8, got {dtype!r}")
+    means = _check.channel_values("gather_augment", "mean", mean, images.shape[1])
+    stds = _check.channel_values("gather_augment", "std", std, images.shape[1])
     if any(s <= 0 for s in stds):
         raise ValueError(f"gather_augment: std must be positive, got {stds}")
     if dtype == torch.uint8 and (means or stds):
         raise ValueError("gather_augment: dtype uint8 leaves the pixels as they are and takes no mean and std")
     return offset, means, stds
-
-
-def _channel_values(name: str, values: Any, channels: int) -> list[float]:
-    if values is None:
-        return []
-    numbers = [float(v) for v in values]
-    if len(numbers) != channels or any(v != v for v in numbers):
-        raise ValueError(f"gather_augment: {name} must be one number for each of {channels} channels, got {numbers}")
-    return numbers
 
 
 def _fake(

@@ -68,7 +68,7 @@ def _prepare(images: Any, pattern: Any, mask: Any, where: Any) -> tuple[Tensor, 
     _check.where("patch", where, images)
     n, c, h, w = images.shape
     pattern = _check.pattern("patch", pattern, images)
-    if not isinstance(mask, Tensor) or mask.dtype not in (*_check.FLOATS, torch.bool, torch.uint8):
+    if not _check.is_dense(mask, (*_check.FLOATS, torch.bool, torch.uint8)):
         raise TypeError(f"patch: mask must be a floating, bool or uint8 tensor, got {_check.describe(mask)}")
     shapes = ((h, w), (1, h, w), (c, h, w), (n, 1, h, w), (n, c, h, w))
     if tuple(mask.shape) not in shapes:

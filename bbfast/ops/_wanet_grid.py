@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bbfast.ops import _check
 
 __all__ = ["wanet_grid"]
 
@@ -29,12 +33,17 @@ def wanet_grid(
         float32 ``[size, size, 2]``, (x, y) in -1..1, on the generator's device.
 
     Raises:
+        TypeError: if ``generator`` is not one.
         ValueError: if ``size`` or ``k`` is below 2, or ``s`` or ``grid_rescale`` is not positive.
     """
-    if size < 2 or k < 2:
-        raise ValueError(f"wanet_grid: size and k must be at least 2, got {size} and {k}")
-    if not (s > 0 and grid_rescale > 0):
-        raise ValueError(f"wanet_grid: s and grid_rescale must be positive, got {s} and {grid_rescale}")
+    for name, value in (("size", size), ("k", k)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 2:
+            raise ValueError(f"wanet_grid: {name} must be an integer of at least 2, got {_check.describe(value)}")
+    for name, factor in (("s", s), ("grid_rescale", grid_rescale)):
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+            raise ValueError(f"wanet_grid: {name} must be a positive number, got {_check.describe(factor)}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"wanet_grid: generator must be a torch.Generator or None, got {_check.describe(generator)}")
     device = torch.device("cpu") if generator is None else generator.device
     control = torch.rand(1, 2, k, k, generator=generator, device=device) * 2 - 1
     control = control / control.abs().mean()

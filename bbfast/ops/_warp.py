@@ -84,7 +84,7 @@ def _prepare(images: Any, grid: Any, where: Any, rounding: str) -> tuple[Tensor,
     _check.images("warp", images)
     _check.where("warp", where, images)
     n, _, h, w = images.shape
-    if not isinstance(grid, Tensor) or grid.dtype not in _check.FLOATS:
+    if not _check.is_dense(grid, _check.FLOATS):
         raise TypeError(f"warp: grid must be a floating tensor, got {_check.describe(grid)}")
     if tuple(grid.shape) not in ((h, w, 2), (n, h, w, 2)):
         raise ValueError(f"warp: grid must be [{h}, {w}, 2] or [{n}, {h}, {w}, 2], got {_check.describe(grid)}")

@@ -4,8 +4,8 @@
 // contraction), so the CPU, CUDA and the PyTorch reference agree bit for bit.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "common/scalar.h"
 #include "common/simd.h"
@@ -30,6 +30,11 @@ BBFAST_INLINE uint8_t finish<uint8_t>(float value) {
   return static_cast<uint8_t>(std::bit_cast<uint32_t>(clamped + 12582912.0f));
 }
 
+// For a mix of bytes with weights in 0..1, which stays in 0..255 but for rounding: nothing to clamp.
+BBFAST_INLINE uint8_t finish_mixed_bytes(float value) {
+  return static_cast<uint8_t>(std::bit_cast<uint32_t>(value + 12582912.0f));
+}
+
 // What a cast does: clamp, then cut the fraction off.
 template <class C>
 BBFAST_INLINE uint8_t finish_truncated(C value) {
@@ -43,6 +48,15 @@ template <class T, class P>
 constexpr bool kMayBeNan = !(std::is_same_v<T, uint8_t> && std::is_same_v<P, uint8_t>);
 
 template <class T, class P>
+BBFAST_INLINE T finish_mix(Compute<T> value) {
+  if constexpr (kMayBeNan<T, P>) {
+    return finish<T>(value);
+  } else {
+    return finish_mixed_bytes(value);
+  }
+}
+
+template <class T, class P>
 BBFAST_INLINE bool mix_map(const T* __restrict x, const P* __restrict p, const Compute<T>* __restrict a,
                            T* __restrict out, int64_t count) {
   using C = Compute<T>;
@@ -50,7 +64,7 @@ BBFAST_INLINE bool mix_map(const T* __restrict x, const P* __restrict p, const C
   for (int64_t i = 0; i < count; ++i) {
     const C v = load(x[i]) * (C(1) - a[i]) + load(p[i]) * a[i];
     if constexpr (kMayBeNan<T, P>) nans += v != v ? 1 : 0;
-    out[i] = finish<T>(v);
+    out[i] = finish_mix<T, P>(v);
   }
   return nans != 0;
 }
@@ -64,7 +78,7 @@ BBFAST_INLINE bool mix_constant(const T* __restrict x, const P* __restrict p, Co
   for (int64_t i = 0; i < count; ++i) {
     const C v = load(x[i]) * rest + load(p[i]) * a;
     if constexpr (kMayBeNan<T, P>) nans += v != v ? 1 : 0;
-    out[i] = finish<T>(v);
+    out[i] = finish_mix<T, P>(v);
   }
   return nans != 0;
 }
@@ -72,7 +86,7 @@ BBFAST_INLINE bool mix_constant(const T* __restrict x, const P* __restrict p, Co
 // A sample that stays as it is.
 template <class T>
 BBFAST_INLINE bool pass_through(const T* __restrict x, T* __restrict out, int64_t count) {
-  std::memcpy(out, x, static_cast<size_t>(count) * sizeof(T));
+  std::copy_n(x, count, out);  // not memcpy: a batch of empty images has null pointers
   if constexpr (std::is_same_v<T, uint8_t>) {
     return false;
   } else {

@@ -57,6 +57,15 @@ def _blend(device: str) -> Iterator[tuple[object, ...]]:
     yield _bytes(device), _bytes(device)[:1], 0.2, None, where, True
 
 
+def _add(device: str) -> Iterator[tuple[object, ...]]:
+    where = make_where("some", 3, 0, device)
+    for x in _float_images(device):
+        yield x, uniform((3, 3, 5, 4), _wide(x), 2, -0.5, 0.5).to(device).requires_grad_(), where, False
+        yield x, uniform((4,), _wide(x), 2, -0.5, 0.5).to(device).requires_grad_(), None, False
+    yield _bytes(device), uniform((1, 3, 5, 4), torch.float32, 2, -50, 50).to(device), where, False
+    yield _bytes(device), uniform((4,), torch.float64, 2, -50, 50).to(device), None, True
+
+
 def _warp(device: str) -> Iterator[tuple[object, ...]]:
     where = make_where("some", 3, 0, device)
     for x in _float_images(device):
@@ -80,17 +89,71 @@ def _class_moments(device: str) -> Iterator[tuple[object, ...]]:
         yield uniform((5, 3), dtype, 0).to(device), labels, 4, *state
 
 
+def _spectral_add(device: str) -> Iterator[tuple[object, ...]]:
+    where = make_where("some", 3, 0, device)
+    for x in _float_images(device):
+        yield x, uniform((5, 2), _wide(x), 2).to(device), [1.0, 0.0, -0.5], False, 0, where
+    for ycrcb in (False, True):
+        yield _bytes(device), uniform((1, 4), torch.float32, 2, -50, 50).to(device), [0.0, 1.0, 1.0], ycrcb, 2, where
+
+
+def _channel_stats(device: str) -> Iterator[tuple[object, ...]]:
+    labels = torch.tensor([0, 2, 2], device=device)
+    for x in _float_images(device):
+        plain = x.detach()
+        count, values = torch.ops.bbfast.channel_stats(plain, labels, 4, None, None)
+        yield plain, labels, 4, count, values
+        yield plain.flatten(2), None, 1, None, None
+        yield plain.flatten(1), None, 1, None, None
+
+
+def _gram_powers(device: str) -> Iterator[tuple[object, ...]]:
+    for x in _float_images(device):
+        yield x.detach(), [1, 3], False
+        yield x.detach(), [2], True
+
+
+def _overlay_batch(device: str) -> Iterator[tuple[object, ...]]:
+    pairs = torch.tensor([[0, 2], [0, 1], [2, 0]], device=device)
+    for x in (_bytes(device), next(_float_images(device)).detach()):
+        yield x, x.flip(0), pairs, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4], 1.0, 0.5, True, torch.bfloat16, True
+        yield x, x.flip(0), pairs, [], [], 0.6, 0.4, False, torch.float32, False
+
+
+def _quantize(device: str) -> Iterator[tuple[object, ...]]:
+    where = make_where("some", 3, 0, device)
+    for dtype, layout in ((torch.float32, "contiguous"), (torch.float64, "channels_last"), (torch.bfloat16, "sliced")):
+        yield make_images((3, 3, 5, 4), dtype, layout, 0, device), 8, True, where, False
+    yield _bytes(device), 5, False, where, True
+    yield _bytes(device), 11, True, None, False
+
+
 def _softmax_entropy(device: str) -> Iterator[tuple[object, ...]]:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         yield (uniform((5, 7), dtype, 0, -3, 3).to(device).requires_grad_(),)
 
 
+def _topk_update(device: str) -> Iterator[tuple[object, ...]]:
+    index = torch.tensor([3, 1, 4, 0, 9], device=device)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x = uniform((5, 7), dtype, 0, -3, 3).to(device)
+        yield None, None, None, x, index, 3
+        yield *torch.ops.bbfast.topk_update(None, None, None, x, index, 8), x, index + 10, 8
+
+
 SAMPLES: dict[str, Callable[[str], Iterator[tuple[object, ...]]]] = {
+    "add": _add,
     "blend": _blend,
+    "channel_stats": _channel_stats,
     "class_moments": _class_moments,
     "gather_augment": _gather_augment,
+    "gram_powers": _gram_powers,
+    "overlay_batch": _overlay_batch,
     "patch": _patch,
+    "quantize": _quantize,
     "softmax_entropy": _softmax_entropy,
+    "spectral_add": _spectral_add,
+    "topk_update": _topk_update,
     "warp": _warp,
 }
 
@@ -109,8 +172,18 @@ def test_opcheck(op, device):
         torch.library.opcheck(getattr(torch.ops.bbfast, op).default, arguments)
 
 
+NO_GRADIENT = (
+    "channel_stats",
+    "class_moments",
+    "gather_augment",
+    "gram_powers",
+    "overlay_batch",
+    "quantize",
+    "topk_update",
+)
 # Every wrapper once, as a user would call it inside a compiled function.
 CALLS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "add": lambda x, w: ops.add(x, x[0] - 0.5, w) + ops.sinusoid(x, 20.0, 6, w),
     "patch": lambda x, w: ops.patch(x, x[0], torch.ones(5, 4, device=x.device) * 0.5, w),
     "blend": lambda x, w: ops.blend(x, x.flip(0), 0.2, w) + ops.blend(x, x[0], x.mean((1, 2, 3))),
     "warp": lambda x, w: ops.warp(x, x[:1, :2].permute(0, 2, 3, 1)[0], w),
@@ -118,7 +191,20 @@ CALLS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
         (x.detach() * 255).to(torch.uint8), torch.arange(3, device=x.device), flip=w, mean=[0.5] * 3, std=[0.2] * 3
     ),
     "class_moments": lambda x, w: ops.class_moments(x.flatten(1), w.long(), 2).scatter,
+    "channel_stats": lambda x, w: ops.channel_stats(x, w.long(), 2, ops.channel_stats(x, w.long(), 2)).var,
+    "gram_powers": lambda x, w: ops.gram_powers(x, (1, 2, 5)) + ops.gram_powers(x.flatten(2), (1, 2, 5), compat=True),
+    "overlay_batch": lambda x, w: ops.overlay_batch(
+        x, x.flip(0), torch.stack((w.long(), w.long() + 1), 1), mean=[0.5] * 3, std=[0.2] * 3, alpha=0.5
+    ),
+    "quantize": lambda x, w: ops.quantize(x, 4, False, w) + ops.quantize(x, 4, True, w),
     "softmax_entropy": lambda x, w: ops.softmax_entropy(x.flatten(1)),
+    "spectral_add": lambda x, w: (
+        ops.spectral_add(x, [(0, 0)], 30, window=1, where=w)
+        + ops.spectral_add(x, [(4, 3)], 60, window=None, color="ycrcb")
+    ),
+    "topk_update": lambda x, w: (
+        ops.topk_update(ops.topk_update(None, x.flatten(1), w.long(), 4), x.flatten(1) + 1, w.long() + 5, 4).values
+    ),
 }
 
 
@@ -129,7 +215,7 @@ def test_compiles_as_one_graph(op):
     call = CALLS[op]
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, where), call(x, where), rtol=0, atol=0)
-    if op in ("class_moments", "gather_augment"):
+    if op in NO_GRADIENT:
         return
     gradients = []
     for function in (call, compiled):
@@ -163,6 +249,7 @@ def test_the_number_of_threads_does_not_change_a_bit(op):
     x = make_images((96, 3, 33, 32), torch.uint8, "contiguous", 0)
     f = x.float() / 255
     runs: dict[str, Callable[[], object]] = {
+        "add": lambda: (ops.add(x, 90 * f[0] - 45), ops.add(x, 90 * f - 45), ops.add(f, f[0] - 0.5)),
         "patch": lambda: (ops.patch(x, x[0], f[0, 0]), ops.patch(f, f[0], f[0, 0])),
         "blend": lambda: (ops.blend(x, x[0], 0.2), ops.blend(f, f[0], f[:, 0, 0, 0])),
         "warp": lambda: (ops.warp(x, f[:, :2].permute(0, 2, 3, 1)), ops.warp(f, f[0, :2].permute(1, 2, 0))),
@@ -170,7 +257,33 @@ def test_the_number_of_threads_does_not_change_a_bit(op):
             x, torch.arange(96), offset=torch.full((96, 2), 3), padding=4, channels_last=True
         ),
         "class_moments": lambda: ops.class_moments(f.flatten(1)[:, :150], torch.randint(0, 7, (96,), generator=g), 7),
-        "softmax_entropy": lambda: ops.softmax_entropy(torch.randn(5000, 100, generator=g)),
+        "channel_stats": lambda: [
+            ops.channel_stats(a, labels, None if labels is None else 7)
+            for a in (
+                f,
+                f.contiguous(memory_format=torch.channels_last),
+                f[:, :, :7, :7],
+                f.flatten(2).mT,
+                f.flatten(1),
+            )
+            for labels in (None, torch.randint(0, 7, (96,), generator=g))
+        ],
+        "gram_powers": lambda: (ops.gram_powers(f), ops.gram_powers(f.flatten(1, 2)[:9].double(), (2, 7), compat=True)),
+        "overlay_batch": lambda: [
+            ops.overlay_batch(
+                a, a, torch.randint(0, 96, (300, 2), generator=g), mean=[0.5] * 3, std=[0.2] * 3, channels_last=last
+            )
+            for a in (x, f)
+            for last in (False, True)
+        ],
+        "quantize": lambda: (ops.quantize(x), ops.quantize(x, 11), ops.quantize(x, 8, True), ops.quantize(f, 8, True)),
+        "softmax_entropy": lambda: [ops.softmax_entropy(torch.randn(5001, k, generator=g)) for k in (10, 300)],
+        "spectral_add": lambda: [
+            ops.spectral_add(images, [(7, 5)], 60, window=None, color=color)
+            for images in (x, f, x.contiguous(memory_format=torch.channels_last))
+            for color in ("yuv", "ycrcb")
+        ],
+        "topk_update": lambda: ops.topk_update(None, f.flatten(1)[:, :999].round(decimals=1), torch.arange(96), 20),
     }
     before = torch.get_num_threads()
     results = []
@@ -189,8 +302,19 @@ def test_the_number_of_threads_does_not_change_a_bit(op):
 def test_the_operation_itself_refuses_what_does_not_fit(op):
     """The registered operator checks shapes on its own: it never relies on its wrapper to stay inside its memory."""
     x, f = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, 3, 4, 4)
-    i = torch.zeros(2, dtype=torch.int64)
+    i, ii = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)
     wrong: dict[str, list[tuple[object, ...]]] = {
+        "add": [
+            (f[0], f[:1], None, False),
+            (f, f[0], None, False),
+            (f, f[:1, :1], None, False),
+            (f, f[:1, :, :1], None, False),
+            (f, f[:1].half(), None, False),
+            (x, f[:1], None, True),
+            (x, f[:1].double(), None, False),
+            (f.int(), f[:1], None, False),
+            (f, f[:1], torch.ones(3, dtype=torch.bool), False),
+        ],
         "patch": [
             (f[0], f[:1], f[:1], None),
             (f, f[:1, :2], f[:1], None),
@@ -235,7 +359,68 @@ def test_the_operation_itself_refuses_what_does_not_fit(op):
             (f[0, 0, :2], i, 2, i, torch.zeros(2, 4), torch.zeros(2, 4, 4)),
             (f[0, 0, :2].int(), i, 2, None, None, None),
         ],
+        "channel_stats": [
+            (f[0, 0, 0], None, 1, None, None),
+            (f[None], None, 1, None, None),
+            (f, i.int(), 2, None, None),
+            (f, i[:1], 2, None, None),
+            (f, i, 0, None, None),
+            (f, None, 2, None, None),
+            (f, i, 2, torch.zeros(2, 3, dtype=torch.int64), None),
+            (f, i, 2, torch.zeros(2, 4, dtype=torch.int64), torch.zeros(5, 2, 3, dtype=torch.float64)),
+            (f, i, 2, torch.zeros(2, 3, dtype=torch.int64), torch.zeros(5, 2, 3)),
+            (x, None, 1, None, None),
+        ],
+        "gram_powers": [(f[0], [1], False), (f, [0], False), (f, [33], True), (f, [1, -2], True), (x, [1], False)],
+        "overlay_batch": [
+            (*a, 1.0, 1.0, True, t, False)
+            for *a, t in (
+                (x[0], x, ii, [], [], torch.float32),
+                (x, x[:, :2], ii, [], [], torch.float32),
+                (x, f, ii, [], [], torch.float32),
+                (f, f, ii, [], [], torch.float64),
+                (x, x, ii.int(), [], [], torch.float32),
+                (x, x, i, [], [], torch.float32),
+                (x, x, ii, [0.5], [], torch.float32),
+                (x, x, ii, [], [0.5], torch.float32),
+                (x, x, ii, [], [], torch.uint8),
+            )
+        ],
+        "quantize": [
+            (f[0], 8, False, None, False),
+            (f, 1, False, None, False),
+            (f, 257, True, None, False),
+            (f, -1, True, None, False),
+            (f.int(), 8, True, None, False),
+            (f, 8, False, torch.ones(3, dtype=torch.bool), False),
+            (f, 8, False, torch.ones(2), False),
+        ],
         "softmax_entropy": [(f,), (f[0, 0, :, :0],), (x[0, 0],)],
+        "spectral_add": [
+            (f[0], f[0, 0], [1.0] * 3, False, 0, None),
+            (f.int(), f[0, 0], [1.0] * 3, False, 0, None),
+            (f, f[0, 0].double(), [1.0] * 3, False, 0, None),
+            (f, f[0], [1.0] * 3, False, 0, None),
+            (f, f[0, 0, :3], [1.0] * 3, False, 0, None),
+            (f, f[0, 0, :, :0], [1.0] * 3, False, 0, None),
+            (f, f[0, 0], [1.0] * 2, False, 0, None),
+            (f, f[0, 0], [1.0] * 3, True, 0, None),
+            (x[:, :2], f[0, 0], [1.0] * 2, True, 0, None),
+            (torch.zeros(2, 5, 4, 4), f[0, 0], [1.0] * 5, False, 0, None),
+            (x, f[0, 0], [1.0] * 3, False, 3, None),
+            (x, f[0, 0], [1.0] * 3, False, 0, torch.ones(2)),
+        ],
+        "topk_update": [
+            (None, None, None, f, i, 1),
+            (None, None, None, f[0, 0], i, 1),
+            (None, None, None, f[0, 0, :2], i.int(), 1),
+            (None, None, None, f[0, 0, :2], i, 0),
+            (None, None, None, x[0, 0, :2], i, 1),
+            (f[0, 0, :, :2], None, None, f[0, 0, :2], i, 2),
+            (f[0, 0, :, :2], ii, i, f[0, 0, :2], i, 2),
+            (f[0, 0, :, :2], f[0, 0, :, :2].long(), f[0, 0, 0].long(), f[0, 0, :2], i, 3),
+            (f[0, 0].double(), f[0, 0].long(), f[0, 0, 0].long(), f[0, 0, :2], i, 4),
+        ],
     }
     for arguments in wrong[op]:
         with pytest.raises(ValueError, match=f"^{op}: "):

@@ -76,6 +76,7 @@ import torch
 x = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4)
 assert torch.equal(patch(x, x[0] + 1, torch.ones(4, 4)), x + 1)
 assert torch.equal(ops.blend(x, x[0] + 2, 0.5), x + 1)
+assert torch.equal(ops.spectral_add(x, [(0, 0)], 8, (0, 1, 2), 4, "rgb"), x + 2)
 warped = ops.warp(x, torch.zeros(4, 4, 2)).flatten(2)
 assert torch.equal(warped.amin(2), warped.amax(2))
 assert ops.gather_augment(x, torch.tensor([0, 0]), dtype=torch.uint8).shape == (2, 3, 4, 4)

@@ -45,6 +45,7 @@ BBFAST_INLINE void crop_plane(const uint8_t* __restrict plane, const GatherShape
   const int64_t h = shape.height;
   const int64_t w = shape.width;
   const bool packed = shape.column_step == 1;
+  if (h * w == 0) return;  // the pointers are null
   if (packed && top == 0 && left == 0 && !flip && shape.row_step == w) {
     std::memcpy(to, plane, static_cast<size_t>(h * w));
     return;
