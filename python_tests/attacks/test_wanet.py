@@ -61,7 +61,10 @@ def test_grid_is_drawn_from_the_generator() -> None:
     grids = [ops.wanet_grid(32, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert torch.equal(grids[0], grids[1]) and not torch.equal(grids[0], grids[2])
     assert grids[0].shape == (32, 32, 2) and grids[0].dtype == torch.float32
-    for bad, message in (({"size": 1}, "size and k must be at least 2"), ({"size": 32, "s": 0.0}, "must be positive")):
+    for bad, message in (
+        ({"size": 1}, "size must be an integer of at least 2, got int 1"),
+        ({"size": 32, "s": 0.0}, "s must be a positive number, got float 0.0"),
+    ):
         with pytest.raises(ValueError, match=message):
             ops.wanet_grid(**bad)
 
