@@ -59,16 +59,21 @@ struct Round {
   int64_t step;  // elements between the pixels of a row
 };
 
+#if defined(__clang__)
+#define BBFAST_SHUFFLE __builtin_shufflevector
+#else
+#define BBFAST_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Lanes<uint8_t>{__VA_ARGS__})
+#endif
+
 // 16 rows of 16 bytes, rows and columns exchanged: four times, halves are taken apart and put together in turns.
 BBFAST_INLINE void transpose(Lanes<uint8_t>* rows) {
-  using Row = Lanes<uint8_t>;
-  constexpr Row kLow = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-  constexpr Row kHigh = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   for (int round = 0; round < 4; ++round) {
-    Row mixed[16];
+    Lanes<uint8_t> mixed[16];
     for (int i = 0; i < 8; ++i) {
-      mixed[2 * i] = __builtin_shuffle(rows[i], rows[i + 8], kLow);
-      mixed[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + 8], kHigh);
+      const Lanes<uint8_t> a = rows[i];
+      const Lanes<uint8_t> b = rows[i + 8];
+      mixed[2 * i] = BBFAST_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      mixed[2 * i + 1] = BBFAST_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     }
     for (int i = 0; i < 16; ++i) rows[i] = mixed[i];
   }
