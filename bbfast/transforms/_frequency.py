@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bbfast import ops
-from bbfast.transforms._trigger import Trigger, in_units_of
+from bbfast.transforms._trigger import Trigger, check_picture, in_units_of
 
 __all__ = ["CTRL", "FIBA", "FTrojan"]
 
@@ -68,10 +68,7 @@ class FIBA(Trigger):
 
     def __init__(self, pattern: Tensor, alpha: float = 0.15, beta: float = 0.1) -> None:
         super().__init__()
-        if pattern.dtype != torch.uint8 or pattern.dim() != 3:
-            raise TypeError(
-                f"FIBA: pattern must be a uint8 tensor [C, H, W], got {pattern.dtype} {list(pattern.shape)}"
-            )
+        check_picture(self, "pattern", pattern)
         ops.amplitude_mix(pattern[None], pattern, alpha, beta)  # says now what is wrong with the numbers
         self.register_buffer("pattern", pattern)
         self.alpha, self.beta = alpha, beta

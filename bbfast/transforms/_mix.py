@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from bbfast import ops
-from bbfast.transforms._trigger import Trigger, in_units_of
+from bbfast.transforms._trigger import Trigger, check_picture, in_units_of
 
 __all__ = ["Blended"]
 
@@ -27,10 +26,7 @@ class Blended(Trigger):
 
     def __init__(self, pattern: Tensor, alpha: float = 0.2) -> None:
         super().__init__()
-        if pattern.dtype != torch.uint8 or pattern.dim() != 3:
-            raise TypeError(
-                f"Blended: pattern must be a uint8 tensor [C, H, W], got {pattern.dtype} {list(pattern.shape)}"
-            )
+        check_picture(self, "pattern", pattern)
         if not 0 <= alpha <= 1:
             raise ValueError(f"Blended: alpha must lie in 0..1, got {alpha}")
         self.register_buffer("pattern", pattern)

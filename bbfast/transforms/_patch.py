@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bbfast import ops
-from bbfast.transforms._trigger import Trigger, in_units_of
+from bbfast.transforms._trigger import Trigger, check_picture, in_units_of
 
 __all__ = ["BadNets"]
 
@@ -43,10 +43,7 @@ class BadNets(Trigger):
         if pattern is None and mask is not None:
             raise ValueError("BadNets: mask needs pattern")
         if pattern is not None:
-            if pattern.dtype != torch.uint8 or pattern.dim() != 3:
-                raise TypeError(
-                    f"BadNets: pattern must be a uint8 tensor [C, H, W], got {pattern.dtype} {list(pattern.shape)}"
-                )
+            check_picture(self, "pattern", pattern)
             mask = (pattern > 0).float() if mask is None else mask.float()
         if square_size is not None and square_size < 1:
             raise ValueError(f"BadNets: square_size must be at least 1, got {square_size}")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bbfast import ops
-from bbfast.transforms._trigger import Trigger, in_units_of
+from bbfast.transforms._trigger import Trigger, check_picture, in_units_of
 
 __all__ = ["Refool"]
 
@@ -31,10 +30,7 @@ class Refool(Trigger):
 
     def __init__(self, reflection: Tensor, mode: str = "ghost", **parameters: Any) -> None:
         super().__init__()
-        if reflection.dtype != torch.uint8 or reflection.dim() != 3:
-            raise TypeError(
-                f"Refool: reflection must be a uint8 tensor [C, H, W], got {reflection.dtype} {list(reflection.shape)}"
-            )
+        check_picture(self, "reflection", reflection)
         ops.reflect(reflection[None], reflection, mode, **parameters)  # says now what is wrong with them
         self.register_buffer("reflection", reflection)
         self.mode, self.parameters_of_mode = mode, parameters

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-__all__ = ["Trigger"]
+__all__ = ["Trigger", "check_picture", "in_units_of"]
 
 
 class Trigger(v2.Transform):
@@ -49,6 +49,13 @@ class Trigger(v2.Transform):
         if image.dim() == 4:
             return self.apply(image)
         return self.apply(image.reshape(-1, *image.shape[-3:])).reshape(image.shape)
+
+
+def check_picture(trigger: Trigger, name: str, value: Any) -> None:
+    """A picture that a trigger is given must be uint8 ``[C, H, W]``."""
+    if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.dim() != 3:
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{type(trigger).__name__}: {name} must be a uint8 tensor [C, H, W], got {got}")
 
 
 def in_units_of(images: Tensor, picture: Tensor) -> Tensor:
