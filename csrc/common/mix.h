@@ -30,30 +30,12 @@ BBFAST_INLINE uint8_t finish<uint8_t>(float value) {
   return static_cast<uint8_t>(std::bit_cast<uint32_t>(clamped + 12582912.0f));
 }
 
-// For a mix of bytes with weights in 0..1, which stays in 0..255 but for rounding: nothing to clamp.
-BBFAST_INLINE uint8_t finish_mixed_bytes(float value) {
-  return static_cast<uint8_t>(std::bit_cast<uint32_t>(value + 12582912.0f));
-}
-
 // What a cast does: clamp, then cut the fraction off.
 template <class C>
 BBFAST_INLINE uint8_t finish_truncated(C value) {
   const C low = value > C(0) ? value : C(0);
   const C clamped = low < C(255) ? low : C(255);
   return static_cast<uint8_t>(static_cast<int32_t>(clamped));
-}
-
-// Bytes mixed with bytes cannot be NaN, and need not be asked.
-template <class T, class P>
-constexpr bool kMayBeNan = !(std::is_same_v<T, uint8_t> && std::is_same_v<P, uint8_t>);
-
-template <class T, class P>
-BBFAST_INLINE T finish_mix(Compute<T> value) {
-  if constexpr (kMayBeNan<T, P>) {
-    return finish<T>(value);
-  } else {
-    return finish_mixed_bytes(value);
-  }
 }
 
 template <class T, class P>
@@ -63,8 +45,8 @@ BBFAST_INLINE bool mix_map(const T* __restrict x, const P* __restrict p, const C
   NanCount<C> nans = 0;
   for (int64_t i = 0; i < count; ++i) {
     const C v = load(x[i]) * (C(1) - a[i]) + load(p[i]) * a[i];
-    if constexpr (kMayBeNan<T, P>) nans += v != v ? 1 : 0;
-    out[i] = finish_mix<T, P>(v);
+    nans += v != v ? 1 : 0;
+    out[i] = finish<T>(v);
   }
   return nans != 0;
 }
@@ -77,8 +59,8 @@ BBFAST_INLINE bool mix_constant(const T* __restrict x, const P* __restrict p, Co
   NanCount<C> nans = 0;
   for (int64_t i = 0; i < count; ++i) {
     const C v = load(x[i]) * rest + load(p[i]) * a;
-    if constexpr (kMayBeNan<T, P>) nans += v != v ? 1 : 0;
-    out[i] = finish_mix<T, P>(v);
+    nans += v != v ? 1 : 0;
+    out[i] = finish<T>(v);
   }
   return nans != 0;
 }

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/mix.h"
+#include "common/tiles.h"
 #include "ops/add/add.h"
 
 namespace bbfast {
@@ -124,52 +125,55 @@ BBFAST_INLINE bool any_nan(const D* values, int64_t count) {
 }
 
 template <class T, class D>
-BBFAST_CLONES bool add_pieces(const T* images, const D* delta, const int16_t* whole, const int16_t* extra,
-                              const bool* where, T* out, AddShape shape, int64_t piece, int64_t begin, int64_t end) {
-  const int64_t pieces = (shape.length + piece - 1) / piece;
+BBFAST_CLONES bool add_tile(const T* images, const D* delta, const int16_t* whole, const int16_t* extra,
+                            const bool* where, T* out, BatchShape shape, bool shared, Tile tile) {
   bool nan = false;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t n = item / pieces;
-    const int64_t first = (item - n * pieces) * piece;
-    const int64_t count = std::min(piece, shape.length - first);
-    const int64_t at = n * shape.length + first;
+  for (int64_t n = tile.begin; n < tile.end; ++n) {
+    const int64_t at = tile.at(n, shape);
+    const D* added = shared ? delta : delta + at;
     if (where != nullptr && !where[n]) {
-      nan |= pass_through(images + at, out + at, count);
-      if (shape.period == 0) nan |= any_nan(delta + at, count);
-      continue;
+      nan |= pass_through(images + at, out + at, tile.count);
+      if (!shared) nan |= any_nan(added, tile.count);
+    } else if (whole == nullptr) {
+      nan |= add_run(images + at, added, out + at, tile.count);
+    } else if constexpr (std::is_same_v<T, uint8_t>) {
+      add_found<D>(images + at, whole, extra, out + at, tile.count);
     }
-    // A piece is a whole period, or a period is a whole sample.
-    const int64_t from = shape.period == 0 ? at : (shape.period < shape.length ? 0 : first);
-    if constexpr (std::is_same_v<T, uint8_t>) {
-      if (whole != nullptr) {
-        add_found<D>(images + at, whole + from, extra + from, out + at, count);
-        continue;
-      }
-    }
-    nan |= add_run(images + at, delta + from, out + at, count);
   }
   return nan;
+}
+
+// As many whole copies of `row` as a tile takes.
+template <class E>
+std::vector<E> repeated(const E* row, int64_t length, int64_t times) {
+  std::vector<E> tile;
+  tile.reserve(length * times);
+  for (int64_t i = 0; i < times; ++i) tile.insert(tile.end(), row, row + length);
+  return tile;
 }
 
 }  // namespace
 
 template <class T, class D>
-bool add_cpu(const T* images, const D* delta, const bool* where, T* out, AddShape shape, ParallelFor parallel) {
-  constexpr int64_t kPiece = 1 << 14;
-  if (shape.samples * shape.length == 0) return false;
-  const bool repeats = shape.period > 0 && shape.period < shape.length;
-  const int64_t piece = repeats ? shape.period : std::min(kPiece, shape.length);
+bool add_cpu(const T* images, const D* delta, const bool* where, T* out, AddShape add, ParallelFor parallel) {
+  if (add.samples * add.length == 0) return false;
+  const bool shared = add.period > 0;
+  const bool repeats = shared && add.period < add.length;
+  const int64_t times = repeats ? std::max<int64_t>(1, kTileElements / add.period) : 1;
+  const int64_t size = repeats ? add.period * times : kTileElements;
+  const std::vector<D> tiled = repeats ? repeated(delta, add.period, times) : std::vector<D>{};
+  const D* values = repeats ? tiled.data() : delta;
   Addends<D> addends;
-  const bool found = std::is_same_v<T, uint8_t> && shape.period > 0 && (shape.samples > 1 || repeats);
-  std::atomic<bool> nan = found ? addends.find(delta, shape.period) : any_nan(delta, shape.period);
-  auto body = [&](int64_t begin, int64_t end) {
-    if (add_pieces(images, delta, found ? addends.whole.data() : nullptr, addends.extra.data(), where, out, shape,
-                   piece, begin, end)) {
-      nan = true;
-    }
-  };
+  const bool found = std::is_same_v<T, uint8_t> && shared && (add.samples > 1 || repeats);
+  std::atomic<bool> nan = found ? addends.find(values, repeats ? size : add.period) : any_nan(delta, add.period);
+  const BatchShape shape{add.samples, 1, add.length};
   const int64_t bytes = 2 * sizeof(T) + (found ? 0 : sizeof(D));
-  for_range(parallel, shape.samples * ((shape.length + piece - 1) / piece), grain_for(piece * bytes), body);
+  for_tiles(shape, size, repeats ? 1 : kTileSamples, bytes, parallel, [&](const Tile& tile) {
+    const int64_t from = repeats || !shared ? 0 : tile.first;
+    const int16_t* whole = found ? addends.whole.data() + from : nullptr;
+    const int16_t* extra = found ? addends.extra.data() + from : nullptr;
+    if (add_tile(images, values + from, whole, extra, where, out, shape, shared, tile)) nan = true;
+  });
   return nan;
 }
 

@@ -1,6 +1,7 @@
 #include <atomic>
 
 #include "common/mix.h"
+#include "common/mix_bytes.h"
 #include "ops/blend/blend.h"
 
 namespace bbfast {
@@ -53,17 +54,41 @@ BBFAST_CLONES bool blend_planes(const T* images, const P* pattern, Alpha<A> alph
   return nan;
 }
 
+// One weight for all elements, or one each.
+template <class P>
+BBFAST_CLONES bool byte_weights(const P* __restrict p, float number, const float* __restrict elements,
+                                float* __restrict scale, float* __restrict shift, int64_t count) {
+  int32_t nans = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float a = elements != nullptr ? elements[i] : number;
+    scale[i] = 1.0f - a;
+    const float share = load(p[i]) * a;
+    shift[i] = share > kMostShift ? kMostShift : share;
+    nans += share != share ? 1 : 0;
+  }
+  return nans != 0;
+}
+
 }  // namespace
 
 template <class T, class P, class A>
 bool blend_cpu(const T* images, const P* pattern, Alpha<A> alpha, const bool* where, T* out, BatchShape shape,
                CompanionStride ps, ParallelFor parallel) {
-  std::atomic<bool> nan = false;
-  auto body = [&](int64_t begin, int64_t end) {
-    if (blend_planes(images, pattern, alpha, where, out, shape, ps, begin, end)) nan = true;
-  };
-  for_range(parallel, shape.samples * shape.planes, grain_for(shape.length * (2 * sizeof(T) + sizeof(P))), body);
-  return nan;
+  if constexpr (std::is_same_v<T, uint8_t> && std::is_same_v<A, float>) {
+    const auto weights = [&](const Tile& tile, int64_t n, float* scale, float* shift) {
+      const float number = alpha.samples != nullptr ? alpha.samples[n] : alpha.number;
+      return byte_weights(pattern + n * ps.sample + tile.plane * ps.plane + tile.first, number,
+                          alpha.elements != nullptr ? alpha.elements + tile.first : nullptr, scale, shift, tile.count);
+    };
+    return mix_bytes(images, where, out, shape, ps.sample == 0 && alpha.samples == nullptr, parallel, weights);
+  } else {
+    std::atomic<bool> nan = false;
+    auto body = [&](int64_t begin, int64_t end) {
+      if (blend_planes(images, pattern, alpha, where, out, shape, ps, begin, end)) nan = true;
+    };
+    for_range(parallel, shape.samples * shape.planes, grain_for(shape.length * (2 * sizeof(T) + sizeof(P))), body);
+    return nan;
+  }
 }
 
 #define BBFAST_BLEND(T, P, A) \

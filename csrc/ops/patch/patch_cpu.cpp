@@ -1,55 +1,50 @@
 #include <atomic>
-#include <vector>
 
 #include "common/mix.h"
+#include "common/mix_bytes.h"
 #include "ops/patch/patch.h"
 
 namespace bbfast {
 namespace {
 
-// The part of a plane in which a mask is not zero. A trigger is mostly small: what lies outside is copied, not
-// computed.
-struct Span {
-  int64_t begin;
-  int64_t end;
-};
-
-template <class C>
-std::vector<Span> mask_spans(const C* mask, int64_t planes, int64_t length, int64_t stride) {
-  std::vector<Span> spans;
-  for (int64_t p = 0; p < planes; ++p) {
-    const C* values = mask + p * stride;
-    int64_t begin = 0;
-    int64_t end = length;
-    while (begin < end && values[begin] == C(0)) ++begin;
-    while (end > begin && values[end - 1] == C(0)) --end;
-    spans.push_back({begin, end});
-  }
-  return spans;
-}
-
 template <class T, class P, class C>
-BBFAST_CLONES bool patch_planes(const T* images, const P* pattern, const C* mask, const bool* where, T* out,
-                                const Span* spans, BatchShape shape, CompanionStride ps, CompanionStride ms,
-                                int64_t begin, int64_t end) {
+BBFAST_CLONES bool patch_tile(const T* images, const P* pattern, const C* mask, const bool* where, T* out,
+                              BatchShape shape, CompanionStride ps, CompanionStride ms, Tile tile) {
   bool nan = false;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t n = item / shape.planes;
-    const int64_t plane = item - n * shape.planes;
-    const T* x = images + item * shape.length;
-    T* y = out + item * shape.length;
+  int64_t begin = 0;
+  int64_t end = tile.count;
+  const P* p = pattern + tile.plane * ps.plane + tile.first;
+  const C* a = mask + tile.plane * ms.plane + tile.first;
+  if (ms.sample == 0) {
+    // A trigger is mostly small: what lies outside is copied, not computed.
+    while (begin < end && a[begin] == C(0)) ++begin;
+    while (end > begin && a[end - 1] == C(0)) --end;
+  }
+  for (int64_t n = tile.begin; n < tile.end; ++n) {
+    const T* x = images + tile.at(n, shape);
+    T* y = out + tile.at(n, shape);
     if (where != nullptr && !where[n]) {
-      nan |= pass_through(x, y, shape.length);
+      nan |= pass_through(x, y, tile.count);
       continue;
     }
-    const P* p = pattern + n * ps.sample + plane * ps.plane;
-    const C* a = mask + n * ms.sample + plane * ms.plane;
-    const Span s = spans[plane];
-    nan |= pass_through(x, y, s.begin);
-    nan |= mix_map(x + s.begin, p + s.begin, a + s.begin, y + s.begin, s.end - s.begin);
-    nan |= pass_through(x + s.end, y + s.end, shape.length - s.end);
+    nan |= pass_through(x, y, begin);
+    nan |= mix_map(x + begin, p + n * ps.sample + begin, a + n * ms.sample + begin, y + begin, end - begin);
+    nan |= pass_through(x + end, y + end, tile.count - end);
   }
   return nan;
+}
+
+template <class P>
+BBFAST_CLONES bool byte_weights(const P* __restrict p, const float* __restrict a, float* __restrict scale,
+                                float* __restrict shift, int64_t count) {
+  int32_t nans = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    scale[i] = 1.0f - a[i];
+    const float share = load(p[i]) * a[i];
+    shift[i] = share > kMostShift ? kMostShift : share;
+    nans += share != share ? 1 : 0;
+  }
+  return nans != 0;
 }
 
 }  // namespace
@@ -57,15 +52,19 @@ BBFAST_CLONES bool patch_planes(const T* images, const P* pattern, const C* mask
 template <class T, class P, class C>
 bool patch_cpu(const T* images, const P* pattern, const C* mask, const bool* where, T* out, BatchShape shape,
                CompanionStride ps, CompanionStride ms, ParallelFor parallel) {
-  std::atomic<bool> nan = false;
-  const bool one_mask = ms.sample == 0 && shape.samples > 0;
-  const std::vector<Span> spans = one_mask ? mask_spans(mask, shape.planes, shape.length, ms.plane)
-                                           : std::vector<Span>(shape.planes, Span{0, shape.length});
-  auto body = [&](int64_t begin, int64_t end) {
-    if (patch_planes(images, pattern, mask, where, out, spans.data(), shape, ps, ms, begin, end)) nan = true;
-  };
-  for_range(parallel, shape.samples * shape.planes, grain_for(shape.length * (2 * sizeof(T) + sizeof(C))), body);
-  return nan;
+  if constexpr (std::is_same_v<T, uint8_t>) {
+    const auto weights = [&](const Tile& tile, int64_t n, float* scale, float* shift) {
+      return byte_weights(pattern + n * ps.sample + tile.plane * ps.plane + tile.first,
+                          mask + n * ms.sample + tile.plane * ms.plane + tile.first, scale, shift, tile.count);
+    };
+    return mix_bytes(images, where, out, shape, ps.sample == 0 && ms.sample == 0, parallel, weights);
+  } else {
+    std::atomic<bool> nan = false;
+    for_tiles(shape, kTileElements, kTileSamples, 2 * sizeof(T) + sizeof(C), parallel, [&](const Tile& tile) {
+      if (patch_tile(images, pattern, mask, where, out, shape, ps, ms, tile)) nan = true;
+    });
+    return nan;
+  }
 }
 
 #define BBFAST_PATCH(T, P, C)                                                                                          \

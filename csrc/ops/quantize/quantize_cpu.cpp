@@ -1,8 +1,11 @@
 #include <algorithm>
 #include <atomic>
+#include <numeric>
+#include <optional>
 
 #include "common/mix.h"
 #include "ops/quantize/affine.h"
+#include "ops/quantize/byte_table.h"
 #include "ops/quantize/quantize.h"
 
 namespace bbfast {
@@ -54,11 +57,28 @@ BBFAST_INLINE bool quantize_floats(const T* __restrict x, T* __restrict out, int
   return nans != 0;
 }
 
+// How bytes are quantized: by a table where that is fast, else by whole numbers where these can do it, else by floats.
+struct ByteRule {
+  bool by_table;
+  ByteTable table;
+  ByteLevels levels;
+
+  explicit ByteRule(Levels given) : by_table(has_fast_byte_table()) {
+    if (by_table) {
+      ByteTable bytes;
+      std::iota(bytes.begin(), bytes.end(), uint8_t{0});
+      quantize_bytes(bytes.data(), table.data(), 256, given);
+    } else {
+      levels = find_byte_levels(given.steps, given.truncate);
+    }
+  }
+};
+
 constexpr int64_t kPiece = 1 << 14;
 
 template <class T>
 BBFAST_CLONES bool quantize_pieces(const T* images, const bool* where, T* out, int64_t length, Levels levels,
-                                   const ByteLevels& bytes, int64_t begin, int64_t end) {
+                                   const ByteRule* bytes, int64_t begin, int64_t end) {
   const int64_t pieces = (length + kPiece - 1) / kPiece;
   bool nan = false;
   for (int64_t item = begin; item < end; ++item) {
@@ -71,8 +91,10 @@ BBFAST_CLONES bool quantize_pieces(const T* images, const bool* where, T* out, i
       nan |= pass_through(x, y, count);
     } else if constexpr (!std::is_same_v<T, uint8_t>) {
       nan |= quantize_floats(x, y, count, levels);
-    } else if (bytes.found()) {
-      quantize_bytes(x, y, count, bytes);
+    } else if (bytes->by_table) {
+      look_up_bytes(bytes->table, x, y, count);
+    } else if (bytes->levels.found()) {
+      quantize_bytes(x, y, count, bytes->levels);
     } else {
       quantize_bytes(x, y, count, levels);
     }
@@ -86,9 +108,10 @@ template <class T>
 bool quantize_cpu(const T* images, const bool* where, T* out, int64_t samples, int64_t length, Levels levels,
                   ParallelFor parallel) {
   std::atomic<bool> nan = false;
-  const ByteLevels bytes = std::is_same_v<T, uint8_t> ? find_byte_levels(levels.steps, levels.truncate) : ByteLevels{};
+  std::optional<ByteRule> bytes;
+  if constexpr (std::is_same_v<T, uint8_t>) bytes.emplace(levels);
   auto body = [&](int64_t begin, int64_t end) {
-    if (quantize_pieces(images, where, out, length, levels, bytes, begin, end)) nan = true;
+    if (quantize_pieces(images, where, out, length, levels, bytes ? &*bytes : nullptr, begin, end)) nan = true;
   };
   const int64_t items = samples * ((length + kPiece - 1) / kPiece);
   for_range(parallel, items, grain_for(std::min(kPiece, length) * 2 * sizeof(T)), body);
