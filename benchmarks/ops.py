@@ -1,9 +1,11 @@
 """The native operations on their own: time, bytes moved, share of the machine's copy bandwidth, and how much faster
 they are.
 
-Each operation against its plain PyTorch reference, eager and under torch.compile, on the same input; that both give
-the same result is checked in the same run. Bytes are what must be read and written once; the copy bandwidth is
-measured.
+Each operation against its plain PyTorch reference, eager and under torch.compile, and on the CPU against the field's
+usual way (field.py; numba and OpenCV are used if they are installed: `pip install numba opencv-python-headless`), on
+the same input; that all give the same result is checked in the same run. Bytes are what must be read and written once;
+the copy bandwidth is measured. The allocator keeps freed memory, as in training, so that nothing is timed twice over by
+page faults.
 
     python benchmarks/ops.py [--device cpu|cuda] [--batch 512] [--repeats 20] [--only warp ...] [--no-compile] [--json
     out.json]
@@ -19,10 +21,12 @@ from typing import Any
 
 import torch
 from _timing import copy_bandwidth, header, repeat, summary, write_json
+from field import usual_way
 from torch import Tensor
 
 from bbfast import ops
 from bbfast.ops import reference
+from bbfast.training.runtime import keep_freed_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +76,7 @@ def cases(batch: int, device: torch.device) -> list[Case]:
     def unit(*shape: int) -> Tensor:
         return torch.rand(shape, generator=g).to(device)
 
-    x, big = pixels(batch, 32), pixels(max(1, batch // 32), 224)
+    x, big = pixels(batch, 32), pixels(max(1, batch // 8), 224)
     f = x.float() / 255
     half = (torch.rand(batch, generator=g) < 0.5).to(device)
     mask, mask_big = unit(32, 32), unit(224, 224)
@@ -191,7 +195,14 @@ def measure(case: Case, device: torch.device, repeats: int, bandwidth: float, wi
         "share_of_copy_bandwidth": moved / ours["median"] / bandwidth,
         "times_eager": eager["median"] / ours["median"],
         "times_compiled": None,
+        "field": None,
+        "times_field": None,
     }
+    way = None if case.backward or device.type != "cpu" else usual_way(case.op, case.arguments, case.options)
+    if way is not None:
+        assert way.agrees(result), f"{case.name}: {way.name} gives something else"
+        usual = summary(repeat(way.run, device, min(repeats, 5), budget=1.0))
+        row |= {"field": way.name, "field_seconds": usual, "times_field": usual["median"] / ours["median"]}
     if with_compile and case.compiles and not case.backward:
         torch._dynamo.reset()
         with warnings.catch_warnings():
@@ -201,6 +212,10 @@ def measure(case: Case, device: torch.device, repeats: int, bandwidth: float, wi
         fast = summary(repeat(lambda: compiled(*case.arguments), device, repeats))
         row |= {"compiled_seconds": fast, "times_compiled": fast["median"] / ours["median"]}
     return row
+
+
+def times(ratio: float | None) -> str:
+    return f"{'-':>10s}" if ratio is None else f"{ratio:9.1f}x"
 
 
 def main() -> None:
@@ -221,18 +236,21 @@ def main() -> None:
     }
     for name, value in facts.items():
         print(f"{name}: {value}")
-    print(f"{'':40s} {'median':>10s} {'q1..q3':>19s} {'of copy':>8s} {'x eager':>8s} {'x compiled':>10s}")
+    print(
+        f"{'':40s} {'median':>10s} {'q1..q3':>19s} {'of copy':>8s} {'x eager':>8s} {'x compiled':>10s} {'x field':>10s}"
+    )
     rows = []
     for case in cases(arguments.batch, device):
         if arguments.only and case.op not in arguments.only:
             continue
-        row = measure(case, device, arguments.repeats, bandwidth, not arguments.no_compile)
+        with keep_freed_memory(device):
+            row = measure(case, device, arguments.repeats, bandwidth, not arguments.no_compile)
         rows.append(row)
-        t, compiled = row["seconds"], row["times_compiled"]
+        t = row["seconds"]
         print(
             f"{case.name:40s} {t['median'] * 1e6:8.1f}us {t['q1'] * 1e6:8.1f}..{t['q3'] * 1e6:8.1f} "
-            f"{row['share_of_copy_bandwidth']:8.2f} {row['times_eager']:7.1f}x "
-            + (f"{compiled:9.1f}x" if compiled is not None else f"{'-':>10s}"),
+            f"{row['share_of_copy_bandwidth']:8.2f} {row['times_eager']:7.1f}x {times(row['times_compiled'])} "
+            f"{times(row['times_field'])} {row['field'] or ''}",
             flush=True,
         )
     write_json(arguments.json, {"facts": facts, "rows": rows})
