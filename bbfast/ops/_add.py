@@ -98,15 +98,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     images, delta, where = ctx.saved_tensors
     total = images.to(delta.dtype) + delta
-    inside = total == total.clamp(0, 1)
+    inside = (total >= 0).logical_and_(total <= 1)
     grad = grad.to(delta.dtype)
+    through = grad.where(inside, 0)  # what passes the clamp
     for_images, for_delta = None, None
     if ctx.needs_input_grad[0]:
-        kept = inside if where is None else inside | ~where.view(-1, 1, 1, 1)
-        for_images = grad.where(kept, 0).to(images.dtype)
+        for_images = (through if where is None else through.where(where.view(-1, 1, 1, 1), grad)).to(images.dtype)
     if ctx.needs_input_grad[1]:
-        chosen = inside if where is None else inside & where.view(-1, 1, 1, 1)
-        for_delta = grad.where(chosen, 0).sum_to_size(delta.shape)
+        chosen = through if where is None else through.where(where.view(-1, 1, 1, 1), 0)
+        for_delta = chosen.sum_to_size(delta.shape)
     return for_images, for_delta, None, None
 
 

@@ -104,17 +104,26 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     images, pattern, mask, where = ctx.saved_tensors
     (_, image_dtype), (pattern_shape, pattern_dtype), (mask_shape, mask_dtype) = ctx.like
     grad = grad.to(mask_dtype)
-    chosen = grad if where is None else grad * where.view(-1, 1, 1, 1)
+    chosen = None if where is None else where.view(-1, 1, 1, 1)
+    # Zero outside `where`, so that an image that was passed through gets its gradient whole.
+    weight = mask if chosen is None or mask is None else mask * chosen
     for_images, for_pattern, for_mask = None, None, None
     if ctx.needs_input_grad[0]:
-        # chosen is zero outside `where`, so an image that was passed through gets its gradient whole.
-        for_images = (grad - chosen * mask).to(image_dtype)
+        for_images = (grad * (1 - weight)).to(image_dtype)
     if ctx.needs_input_grad[1]:
-        for_pattern = (chosen * mask).sum_to_size(pattern_shape).to(pattern_dtype)
+        for_pattern = _summed_product(grad, weight, pattern_shape).to(pattern_dtype)
     if ctx.needs_input_grad[2]:
-        difference = pattern.to(mask_dtype) - images.to(mask_dtype)
-        for_mask = (chosen * difference).sum_to_size(mask_shape).to(mask_dtype)
+        own = grad if chosen is None else grad * chosen
+        with_pattern = _summed_product(own, pattern.to(mask_dtype), mask_shape)
+        for_mask = (with_pattern - _summed_product(own, images.to(mask_dtype), mask_shape)).to(mask_dtype)
     return for_images, for_pattern, for_mask, None
+
+
+def _summed_product(grad: Tensor, factor: Tensor, shape: torch.Size) -> Tensor:
+    """``(grad * factor).sum_to_size(shape)``, summed over the samples first where the factor is the same for all."""
+    if factor.shape[0] == 1 and shape[0] == 1:
+        return (grad.sum(0, keepdim=True) * factor).sum_to_size(shape)
+    return (grad * factor).sum_to_size(shape)
 
 
 if _native.has("patch"):
