@@ -2,6 +2,11 @@
 
 Every operation has a CPU and a CUDA kernel, works under ``torch.compile(fullgraph=True)``, gives gradients where they
 make sense, and has a twin in plain PyTorch in :mod:`bbfast.ops.reference`, which runs where no kernel was compiled.
+
+``torch.func.vmap`` gives what a loop over the slices gives, and a kernel is called once a slice: the operations take
+batches already, and one call on a batch is faster. Inside ``torch.func.grad``, ``jvp`` and their kin, and under
+forward-mode differentiation, differentiable operations run in plain PyTorch. What is done in plain PyTorch inside
+``torch.func`` is not looked through for NaN and values out of range.
 """
 
 from __future__ import annotations

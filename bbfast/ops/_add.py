@@ -110,6 +110,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
     return for_images, for_delta, None, None
 
 
-if _native.has("add"):
-    torch.library.register_fake("bbfast::add", _fake)
-    torch.library.register_autograd("bbfast::add", _backward, setup_context=_setup)
+_native.register("add", _fake, _backward, _setup)

@@ -62,19 +62,27 @@ def amplitude_mix(
     compute = _check.compute_dtype(images.dtype)
     spectrum = torch.fft.rfft2(images.to(compute))
     wanted = torch.fft.rfft2(trigger.to(compute))
-    # Half of the window, the other half follows by symmetry: frequencies 0..b, and -b..-1 along the rows.
-    for rows in (slice(0, b + 1), slice(height - b, height)):
-        low = torch.view_as_real(spectrum[..., rows, : b + 1].clone())  # the gradient needs it as it was
-        target = torch.linalg.vector_norm(torch.view_as_real(wanted[..., rows, : b + 1]), dim=-1)
-        size = torch.linalg.vector_norm(low, dim=-1)
-        nothing = size == 0
-        factor = (1 - weight) + weight * target / torch.where(nothing, 1, size)
-        born = torch.where(nothing, weight * target, 0)
-        mixed = low * factor.unsqueeze(-1) + torch.stack((born, torch.zeros_like(born)), -1)
-        spectrum[..., rows, : b + 1] = torch.view_as_complex(mixed)
-    mixed = torch.fft.irfft2(spectrum, s=(height, width))
+    # Half of the window, frequencies 0..b and -b..-1 along the rows; the other half follows by symmetry. Joined rather
+    # than written in place, which vmap refuses where the trigger alone is batched.
+    columns, wanted = spectrum[..., : b + 1], wanted[..., : b + 1]
+    top, bottom = (
+        _mixed(columns[..., rows, :], wanted[..., rows, :], weight) for rows in (slice(b + 1), slice(height - b, None))
+    )
+    window = torch.cat((top, columns[..., b + 1 : height - b, :], bottom), -2)
+    mixed = torch.fft.irfft2(torch.cat((window, spectrum[..., b + 1 :]), -1), s=(height, width))
     result = unselected(to_images(mixed, images.dtype), images, where)
     return result.contiguous(memory_format=result_format(images))
+
+
+def _mixed(spectrum: Tensor, wanted: Tensor, weight: float | Tensor) -> Tensor:
+    """The phase of ``spectrum`` with an amplitude between its own and that of ``wanted``."""
+    own = torch.view_as_real(spectrum)
+    target = torch.linalg.vector_norm(torch.view_as_real(wanted), dim=-1)
+    size = torch.linalg.vector_norm(own, dim=-1)
+    nothing = size == 0
+    factor = (1 - weight) + weight * target / torch.where(nothing, 1, size)
+    born = torch.where(nothing, weight * target, 0)
+    return torch.view_as_complex(own * factor.unsqueeze(-1) + torch.stack((born, torch.zeros_like(born)), -1))
 
 
 def _half_window(op: str, beta: Any, height: int, width: int) -> int:

@@ -144,6 +144,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return for_images, for_pattern, None, for_weights, None, None
 
 
-if _native.has("blend"):
-    torch.library.register_fake("bbfast::blend", _fake)
-    torch.library.register_autograd("bbfast::blend", _backward, setup_context=_setup)
+_native.register("blend", _fake, _backward, _setup)

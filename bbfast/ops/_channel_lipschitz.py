@@ -54,13 +54,13 @@ def channel_lipschitz(weight: Tensor, scale: Tensor | None = None) -> Tensor:
 def channel_lipschitz_reference(weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """:func:`channel_lipschitz` by a singular value decomposition of each kernel, one after the other."""
     _check_arguments(weight, scale)
-    norms = weight.new_zeros(weight.shape[0], dtype=torch.float64)
-    for j, kernel in enumerate(weight.detach().double()):
-        if kernel.numel():
-            matrix = kernel.reshape(kernel.shape[0], -1)
-            good = bool(matrix.isfinite().all())
-            norms[j] = torch.linalg.matrix_norm(matrix, 2) if good else torch.nan
-    return _scaled(norms, scale).to(weight.dtype)
+    norms = [weight.new_zeros(0, dtype=torch.float64)]
+    for kernel in weight.detach().double():
+        matrix = kernel.reshape(kernel.shape[0], -1) if kernel.numel() else kernel.new_zeros(1, 1)
+        good = matrix.isfinite().all()  # the decomposition refuses what is not finite
+        norm = torch.linalg.matrix_norm(torch.where(good, matrix, 0), 2)
+        norms.append(torch.where(good, norm, torch.nan).view(1))
+    return _scaled(torch.cat(norms), scale).to(weight.dtype)
 
 
 def _norms(kernels: Tensor) -> Tensor:

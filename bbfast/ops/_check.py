@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # torch.func has no public way to ask whether a tensor stands for a batch
 
 __all__ = [
     "IMAGE_DTYPES",
@@ -18,6 +19,7 @@ __all__ = [
     "images",
     "inspectable",
     "is_dense",
+    "is_wrapped",
     "parameter",
     "pattern",
     "same_device",
@@ -48,8 +50,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def inspectable(tensor: Tensor) -> bool:
-    """Whether values may be looked at here: on the CPU, outside ``torch.compile``; elsewhere it would cost a wait."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values may be looked at here: on the CPU, where it costs no wait, and outside ``torch.compile`` and
+    ``torch.func``, where there are none."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_wrapped(tensor)
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether ``torch.func`` has wrapped it: it then stands for a batch (``vmap``) or is being differentiated."""
+    return not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def images(op: str, value: Any) -> None:

@@ -71,15 +71,12 @@ def _compute(features: Tensor, labels: Tensor, num_classes: int, state: Moments 
         if low < 0 or high >= num_classes:
             raise IndexError(f"class_moments: labels must lie in 0..{num_classes - 1}, got {low}..{high}")
     x = features.double()
-    d = x.shape[1]
     member = torch.nn.functional.one_hot(labels, num_classes).to(x.dtype)
     count = member.sum(0)
     mean = (member.T @ x) / count.clamp(min=1).unsqueeze(1)
     centred = x - mean[labels]
-    scatter = torch.zeros(num_classes, d, d, dtype=x.dtype, device=x.device)
-    for k in range(num_classes):
-        own = centred * member[:, k : k + 1]
-        scatter[k] = own.T @ own
+    own = (centred * column.unsqueeze(1) for column in member.unbind(1))
+    scatter = torch.stack([part.T @ part for part in own])
     batch = Moments(count.long(), mean, scatter)
     return batch if state is None else _merge(state, batch)
 
@@ -134,5 +131,4 @@ def _fake(
     )
 
 
-if _native.has("class_moments"):
-    torch.library.register_fake("bbfast::class_moments", _fake)
+_native.register("class_moments", _fake)

@@ -177,5 +177,4 @@ def _fake(
     return torch.empty(shape, dtype=dtype, device=images.device, memory_format=layout)
 
 
-if _native.has("gather_augment"):
-    torch.library.register_fake("bbfast::gather_augment", _fake)
+_native.register("gather_augment", _fake)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch._C import _functorch  # torch.func has no public way to ask which of its transforms are at work
+from torch.autograd import forward_ad
 
-__all__ = ["Status", "has", "status", "usable"]
+__all__ = ["Status", "register", "status", "usable"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +72,62 @@ def status() -> Status:
     return _STATUS
 
 
-def has(op: str) -> bool:
-    """Whether the compiled module holds the operator ``op``, so that its fake kernel and gradient can be registered."""
-    return op in _STATUS.kernels
+_DIFFERENTIABLE: set[str] = set()
 
 
-def usable(op: str, tensor: torch.Tensor) -> bool:
-    """Whether a compiled kernel of ``op`` serves the device of ``tensor``; elsewhere the reference runs."""
+def register(
+    op: str,
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> None:
+    """Gives the compiled operator ``op`` its fake kernel, its gradient if it has one, and its rule for
+    ``torch.func.vmap``; does nothing where no kernel was compiled."""
+    if op not in _STATUS.kernels:
+        return
+    name = f"bbfast::{op}"
+    torch.library.register_fake(name, fake)
+    torch.library.register_vmap(name, _slice_by_slice(op))
+    if backward is not None:
+        torch.library.register_autograd(name, backward, setup_context=setup_context)
+        _DIFFERENTIABLE.add(op)
+
+
+def _slice_by_slice(op: str) -> Callable[..., Any]:
+    """The rule for ``torch.func.vmap``: a call for each slice, the results stacked. The operators take batches
+    themselves, so a loop inside them is all that there is to gain. (torch would loop too, but warns of it, and refuses
+    an empty dimension.)"""
+    operator = getattr(torch.ops.bbfast, op)
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        def call(take: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, ...]:
+            given = (take(a, d) if isinstance(d, int) else a for a, d in zip(arguments, in_dims, strict=True))
+            result = operator(*given)
+            return (result,) if isinstance(result, Tensor) else tuple(result)
+
+        if info.batch_size:
+            slices = [call(lambda a, d, i=i: a.select(d, i)) for i in range(info.batch_size)]  # type: ignore[misc]
+            stacked = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
+        else:
+            one = call(lambda a, d: a.new_zeros((*a.shape[:d], *a.shape[d + 1 :])))
+            stacked = tuple(part.new_empty((0, *part.shape)) for part in one)
+        return (stacked, (0,) * len(stacked)) if len(stacked) > 1 else (stacked[0], 0)
+
+    return rule
+
+
+def usable(op: str, tensor: Tensor) -> bool:
+    """Whether a compiled kernel of ``op`` serves the device of ``tensor``; elsewhere the reference runs, and so it does
+    where a gradient is wanted that a registered operator cannot give."""
     kind = tensor.device.type
-    return op in _STATUS.kernels and (kind in ("cpu", "meta") or (kind == "cuda" and _STATUS.cuda))
+    served = op in _STATUS.kernels and (kind in ("cpu", "meta") or (kind == "cuda" and _STATUS.cuda))
+    return served and not (op in _DIFFERENTIABLE and _gradient_beyond_backward())
+
+
+def _gradient_beyond_backward() -> bool:
+    """Whether ``torch.func.grad`` or one of its kin is at work, or forward-mode differentiation. The first refuses a
+    registered operator, the second would take its derivative for zero."""
+    if torch.compiler.is_compiling():
+        return False
+    transforms = _functorch.get_interpreter_stack() or ()
+    return forward_ad._current_level >= 0 or any(t.key() == _functorch.TransformType.Grad for t in transforms)

@@ -126,6 +126,4 @@ def _summed_product(grad: Tensor, factor: Tensor, shape: torch.Size) -> Tensor:
     return (grad * factor).sum_to_size(shape)
 
 
-if _native.has("patch"):
-    torch.library.register_fake("bbfast::patch", _fake)
-    torch.library.register_autograd("bbfast::patch", _backward, setup_context=_setup)
+_native.register("patch", _fake, _backward, _setup)

@@ -80,8 +80,7 @@ def _compute(images: Tensor, levels: int, dither: bool, where: Tensor | None, tr
     values = images.to(_check.compute_dtype(images.dtype))
     if dither and images.numel():
         values = _diffuse(values, steps, top)
-        chosen = values if where is None else values[where]
-        if _check.inspectable(values) and not bool(torch.isfinite(chosen).all()):
+        if _check.inspectable(values) and not bool(torch.isfinite(values if where is None else values[where]).all()):
             raise ValueError("quantize: images must be finite, and not huge, for dithering")
     else:
         values = (values * (steps / top)).round() * top / steps
@@ -94,9 +93,7 @@ def _diffuse(values: Tensor, steps: int, top: int) -> Tensor:
     other. The order in which the errors reach a pixel is part of the contract: the kernels add them up the same way."""
     n, c, h, w = values.shape
     pitch = w + 2  # a column at either end takes what leaves the image
-    room = torch.zeros(n * c, h + 1, pitch, dtype=values.dtype, device=values.device)
-    room[:, :h, 1 : w + 1] = values.reshape(n * c, h, w)
-    flat = room.view(n * c, -1)
+    flat = torch.nn.functional.pad(values.reshape(n * c, h, w), (1, 1, 0, 1)).view(n * c, -1)
     for diagonal in range(w + 2 * (h - 1)):
         first, last = max(0, (diagonal - w + 2) // 2), min(h - 1, diagonal // 2)
         begin, count = first * pitch + diagonal - 2 * first + 1, last - first + 1
@@ -107,7 +104,7 @@ def _diffuse(values: Tensor, steps: int, top: int) -> Tensor:
         for shift, share in ((pitch + 1, 1 / 16), (pitch, 5 / 16), (pitch - 1, 3 / 16), (1, 7 / 16)):
             flat[:, places + shift] += error * share
         flat[:, places] = level
-    return room[:, :h, 1 : w + 1].reshape(n, c, h, w)
+    return flat.view(n, c, h + 1, pitch)[:, :, :h, 1 : w + 1]
 
 
 def _check_arguments(images: Any, levels: Any, dither: Any, where: Any, rounding: str) -> bool:
@@ -126,5 +123,4 @@ def _fake(images: Tensor, levels: int, dither: bool, where: Tensor | None, trunc
     return empty_result(images)
 
 
-if _native.has("quantize"):
-    torch.library.register_fake("bbfast::quantize", _fake)
+_native.register("quantize", _fake)

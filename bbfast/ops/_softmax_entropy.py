@@ -68,6 +68,4 @@ def _backward(ctx: Any, grad: Tensor) -> Tensor:
     return (-grad.to(compute).unsqueeze(1) * p * (logp + entropy)).to(logits.dtype)
 
 
-if _native.has("softmax_entropy"):
-    torch.library.register_fake("bbfast::softmax_entropy", _fake)
-    torch.library.register_autograd("bbfast::softmax_entropy", _backward, setup_context=_setup)
+_native.register("softmax_entropy", _fake, _backward, _setup)

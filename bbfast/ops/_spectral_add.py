@@ -255,6 +255,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad, None, None, None, None, None
 
 
-if _native.has("spectral_add"):
-    torch.library.register_fake("bbfast::spectral_add", _fake)
-    torch.library.register_autograd("bbfast::spectral_add", _backward)
+_native.register("spectral_add", _fake, _backward)

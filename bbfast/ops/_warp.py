@@ -119,6 +119,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
     return for_images if need[0] else None, for_grid.sum_to_size(grid.shape) if need[1] else None, None, None
 
 
-if _native.has("warp"):
-    torch.library.register_fake("bbfast::warp", _fake)
-    torch.library.register_autograd("bbfast::warp", _backward, setup_context=_setup)
+_native.register("warp", _fake, _backward, _setup)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -20,6 +21,10 @@ DEVICES = [
         "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
     ),
 ]
+
+# CIFAR-10's, with which the golden files are normalised.
+MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
+STD = torch.tensor([0.247, 0.243, 0.261]).view(3, 1, 1)
 
 seeds = st.integers(0, 2**31 - 1)
 batches = st.sampled_from((0, 1, 2, 5))
@@ -74,6 +79,27 @@ def assert_same(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def small_network(data: dict[str, np.ndarray], prefix: str = "w/") -> torch.nn.Sequential:
+    """The network of the golden files, with the weights that stand there."""
+    w = {k.removeprefix(prefix): torch.from_numpy(v) for k, v in data.items() if k.startswith(prefix)}
+    first, second = w["0.weight"].shape[0], w["3.weight"].shape[0]
+    nn = torch.nn
+    net = nn.Sequential(
+        nn.Conv2d(3, first, 3, padding=1, bias=False),
+        nn.BatchNorm2d(first),
+        nn.ReLU(),
+        nn.Conv2d(first, second, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(second),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(second, 10),
+    )
+    missing = net.load_state_dict(w, strict=False)
+    assert all(key.endswith("num_batches_tracked") for key in missing.missing_keys) and not missing.unexpected_keys
+    return net.eval()
+
+
 def golden(name: str) -> dict[str, np.ndarray]:
     """A golden file of the reference implementation; skips where the shared data is not at hand."""
     path = Path(os.environ.get("BBFAST_SHARED", "../shared")) / "golden" / f"{name}.npz"
@@ -86,3 +112,72 @@ def golden(name: str) -> dict[str, np.ndarray]:
 def nchw(array: np.ndarray) -> Tensor:
     """Golden images ``[N, H, W, C]`` (or one ``[H, W, C]``) with the channels in front."""
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, -3)))
+
+
+U8 = make_images((2, 3, 4, 6), torch.uint8, "contiguous", 0)
+F32 = U8.float() / 255
+
+# Arguments that fit every operation, by name.
+FITTING: dict[str, dict[str, Any]] = {
+    "add": {"images": U8, "delta": F32[0] - 0.5, "where": torch.tensor([True, False]), "rounding": "nearest"},
+    "amplitude_mix": {"images": U8, "trigger": U8[0], "alpha": 0.2, "beta": 0.3, "where": None},
+    "channel_lipschitz": {"weight": F32, "scale": torch.tensor([0.5, 2.0])},
+    "channel_stats": {"activations": F32, "labels": torch.tensor([1, 0]), "num_classes": 2, "state": None},
+    "dct2": {"x": F32, "window": 2},
+    "idct2": {"x": F32, "window": 2},
+    "gram_powers": {"features": F32, "orders": (1, 2), "compat": False},
+    "overlay_batch": {
+        "images": U8,
+        "overlays": U8,
+        "pairs": torch.tensor([[0, 1], [1, 1]]),
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.3, 0.4],
+        "dtype": torch.float32,
+        "blend": "add_clip",
+        "alpha": 1.0,
+        "channels_last": False,
+    },
+    "quantize": {"images": U8, "levels": 8, "dither": True, "where": None},
+    "reflect": {
+        "images": U8,
+        "reflection": U8[0],
+        "mode": "ghost",
+        "alpha_t": 0.4,
+        "offset": (1, 2),
+        "ghost_alpha": 0.3,
+        "sigma": 1.5,
+        "att": 1.1,
+        "window_offset": (1, 0),
+        "where": None,
+        "rounding": "truncate",
+    },
+    "sinusoid": {"images": U8, "amplitude": 20.0, "frequency": 6, "where": None, "rounding": "nearest"},
+    "spectral_add": {
+        "images": U8,
+        "positions": [(1, 0), (1, 1)],
+        "magnitude": 30.0,
+        "channels": (1, 2),
+        "window": 2,
+        "color": "ycrcb",
+        "where": None,
+        "rounding": "nearest",
+    },
+    "topk_update": {"state": None, "activations": F32.flatten(1), "index": torch.tensor([4, 9]), "k": 2},
+    "patch": {"images": U8, "pattern": U8[0], "mask": F32[0, 0], "where": torch.tensor([True, False])},
+    "blend": {"images": F32, "pattern": F32[0], "alpha": 0.3, "where": None, "rounding": "nearest"},
+    "warp": {"images": U8, "grid": F32[:, :2].permute(0, 2, 3, 1), "where": None, "rounding": "truncate"},
+    "gather_augment": {
+        "images": U8,
+        "index": torch.tensor([1, 0, 1]),
+        "offset": torch.tensor([[0, 1], [2, 0], [1, 1]]),
+        "flip": torch.tensor([True, False, True]),
+        "padding": 1,
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.3, 0.4],
+        "dtype": torch.float32,
+        "channels_last": False,
+    },
+    "class_moments": {"features": F32.flatten(1), "labels": torch.tensor([1, 0]), "num_classes": 2, "state": None},
+    "softmax_entropy": {"logits": F32.flatten(1)},
+    "wanet_grid": {"size": 8, "k": 4, "s": 0.5, "grid_rescale": 1.0, "generator": torch.Generator().manual_seed(0)},
+}
