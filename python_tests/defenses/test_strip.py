@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_cases import golden, small_network
 from scipy import stats
 from torch import Tensor, nn
 
@@ -26,7 +25,6 @@ from bbfast.defenses.detection.strip import entropy_threshold
 from bbfast.defenses.view import DataFacts, DefenderView, Grants, Stream
 from bbfast.errors import ConfigError, DataRequirementError, UnsupportedModelError
 
-GOLDEN = Path(os.environ.get("BBFAST_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "golden" / "strip.npz"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
 
 
@@ -77,22 +75,9 @@ def rows(result: DefenseResult) -> tuple[Tensor, Tensor]:
 
 
 def test_golden() -> None:
-    if not GOLDEN.exists():
-        pytest.skip(f"the golden files are not here ({GOLDEN}); set BBFAST_SHARED")
-    with np.load(GOLDEN) as file:
-        data = {key: torch.from_numpy(file[key]) for key in file.files}
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(16, 10),
-    ).eval()
-    net.load_state_dict({k[2:]: v for k, v in data.items() if k.startswith("w/")}, strict=False)
+    stored = golden("strip")
+    data = {key: torch.from_numpy(value) for key, value in stored.items()}
+    net = small_network(stored)
     torch.testing.assert_close(net(data["inspected"]), data["inspected_logits"], atol=1e-5, rtol=1e-5)
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     clean, inspected = (data[name] * std + mean for name in ("clean", "inspected"))

@@ -8,6 +8,8 @@ from op_cases import (
     DEVICES,
     IMAGE_DTYPES,
     LAYOUTS,
+    MEAN,
+    STD,
     assert_same,
     batches,
     channels,
@@ -119,21 +121,43 @@ def test_golden_lc_is_exact(corners, amplitude):
     data = golden("lc")
     x, expected = nchw(data["images"]), nchw(data[f"out_{corners}_{amplitude}"])
     delta = (expected.double() - x.double()).sum(0).sign()
+    inside = torch.zeros(3, 32, 32)
+    inside[:, -3:, -3:] = 1
+    if corners == "all-corners":
+        inside += inside.flip(1) + inside.flip(2) + inside.flip((1, 2))
+    assert torch.equal(delta.abs().float(), inside)
     out = ops.add(x, float(amplitude) * 255 * delta, rounding="truncate")
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
     in_floats = ops.add(x.float() / 255, float(amplitude) * delta.float())
     torch.testing.assert_close(in_floats * 255, nchw(data[f"float_{corners}_{amplitude}"]), rtol=0, atol=1e-4)
+    # For other sizes the reference repeats or drops pixels of the pattern, "nearest".
+    larger = torch.nn.functional.interpolate(delta[None], (48, 64))[0]
+    out = ops.add(nchw(data["images_48x64"]), float(amplitude) * 255 * larger, rounding="truncate")
+    torch.testing.assert_close(out, nchw(data[f"out_48x64_{corners}_{amplitude}"]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("eps", ["0.01", "0.2"])
 def test_golden_lira_is_an_addition_in_normalised_units(eps):
     data = golden("lira")
-    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1), torch.tensor([0.247, 0.243, 0.261]).view(3, 1, 1)
-    noise = float(eps) * torch.from_numpy(data["autoencoder_out"]) * std
-    got = (ops.add(nchw(data["images"]).float() / 255, noise) - mean) / std
+    noise = float(eps) * torch.from_numpy(data["autoencoder_out"]) * STD
+    got = (ops.add(nchw(data["images"]).float() / 255, noise) - MEAN) / STD
     # The reference clips all channels to the widest of their ranges.
-    expected = torch.from_numpy(data[f"bd_cifar10_{eps}"]).clamp((0 - mean) / std, (1 - mean) / std)
+    expected = torch.from_numpy(data[f"bd_cifar10_{eps}"]).clamp((0 - MEAN) / STD, (1 - MEAN) / STD)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dataset", ["cifar100", "gtsrb", "tiny"])
+def test_golden_lira_of_other_data_sets(dataset):
+    """The reference clips normalised images to one range for all channels, those of GTSRB even to 0..1, the range of
+    pixels. What it does not clip is what we compute."""
+    data = golden("lira")
+    noise = 0.2 * torch.from_numpy(data["autoencoder_out"]) * STD
+    got = (ops.add(nchw(data["images"]).float() / 255, noise) - MEAN) / STD
+    expected = torch.from_numpy(data[f"bd_{dataset}_0.2"])
+    kept = (expected > expected.min()) & (expected < expected.max())
+    kept &= (expected > (0 - MEAN) / STD) & (expected < (1 - MEAN) / STD)
+    torch.testing.assert_close(got[kept], expected[kept], rtol=0, atol=1e-5)
+    assert float(kept.float().mean()) > (0.2 if dataset == "gtsrb" else 0.9)
 
 
 @pytest.mark.parametrize("kind", [None, "some"])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from op_cases import DEVICES, FLOATS, golden, layouts, make_images, seeds
 
-from bbfast import ops
+from bbfast import models, ops
 from bbfast.ops import _channel_lipschitz as module_under_test
 from bbfast.ops import reference
 
@@ -120,6 +120,32 @@ def test_golden_clp_prunes_the_same_channels():
         bound = ops.channel_lipschitz(weight, gamma / var.sqrt())
         pruned = (bound > bound.mean() + 3 * bound.std()).nonzero().flatten()
         assert pruned.tolist() == data[f"small_{name}_pruned"].tolist()
+
+
+def test_golden_clp_of_preactresnet18():
+    """The reference pairs a BatchNorm with the convolution that stands before it in the list of modules: for the first
+    of a block that is the previous block's last one, and its 1 x 1 shortcut where it has one."""
+    data = golden("clp")
+    torch.manual_seed(0)
+    modules = list(models.build("preactresnet18", 10, 32).named_modules())
+    convolutions = [module for _, module in modules if isinstance(module, torch.nn.Conv2d)]
+    sums = torch.stack([c.weight.detach().double().sum() for c in convolutions])
+    torch.testing.assert_close(sums, torch.from_numpy(data["preactresnet18_conv_sums"]), rtol=0, atol=1e-6)
+    names = data["preactresnet18_bn_names"].tolist()
+    pruned = 0
+    for name, module in modules:
+        if isinstance(module, torch.nn.Conv2d):
+            weight = module.weight
+        elif name in names:
+            key = f"preactresnet18_bn{names.index(name)}"
+            gamma, var = (torch.from_numpy(data[f"{key}_{part}"]) for part in ("weight", "var"))
+            bound = ops.channel_lipschitz(weight, gamma / var.sqrt())  # the reference adds no eps
+            torch.testing.assert_close(bound, torch.from_numpy(data[f"{key}_lips"]), rtol=1e-4, atol=0)
+            over = (bound > bound.mean() + 3 * bound.std()).nonzero().flatten().tolist()
+            assert over == data[f"{key}_pruned"].tolist()
+            pruned += len(over)
+    assert len(names) == 16
+    assert pruned == 15
 
 
 W = torch.zeros(3, 2, 3, 3)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from op_cases import DEVICES, FLOATS, golden, layouts, make_images, nchw, seeds
+from op_cases import DEVICES, FLOATS, MEAN, STD, golden, layouts, make_images, nchw, seeds, small_network
 
 from bbfast import ops
 from bbfast.ops import ChannelStats, reference
@@ -180,22 +180,28 @@ def test_nan_and_infinity(module, shape, place, layout):
     assert parts.mean[1 - clean].isnan().tolist() == [False, True, False]
 
 
-def test_golden_tac_features():
-    # The layer's feature maps are not stored, but their sums over positions are, sample by sample.
+def test_golden_tac():
+    """Trigger-activation change: the mean over images of what the trigger changes in a channel, summed over positions;
+    and the feature maps' own sums, image by image."""
     data = golden("tac")
-    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1), torch.tensor([0.247, 0.243, 0.261]).view(3, 1, 1)
-    x = (nchw(data["images_bd"]) / 255 - mean) / std
-    maps = torch.nn.functional.conv2d(x, torch.from_numpy(data["w/0.weight"]), padding=1)
-    sums = torch.from_numpy(data["feature_bd_sum_0"])
-    stats = ops.channel_stats(maps, torch.arange(20), 20)
-    torch.testing.assert_close((stats.mean * stats.count).float(), sums, rtol=1e-4, atol=1e-3)
-    other = torch.nn.functional.conv2d(
-        (nchw(data["images"]) / 255 - mean) / std, torch.from_numpy(data["w/0.weight"]), padding=1
-    )
-    change = ops.channel_stats((maps - other).contiguous(memory_format=torch.channels_last))
-    torch.testing.assert_close(
-        (change.abs_mean * 32 * 32).float(), torch.from_numpy(data["tac_0"]), rtol=1e-4, atol=1e-4
-    )
+    net = small_network(data)
+    maps = {"images": {}, "images_bd": {}}
+    with torch.no_grad():
+        for name, found in maps.items():
+            x = (nchw(data[name]) / 255 - MEAN) / STD
+            for place, layer in enumerate(net):
+                x = found[place] = layer(x)
+    for place in (0, 1, 3, 4, 8):
+        clean, triggered = (found[place] for found in maps.values())
+        change = ops.channel_stats(
+            (triggered - clean).contiguous(**({"memory_format": torch.channels_last} if clean.dim() == 4 else {}))
+        )
+        total = change.abs_mean * (change.count / 20)
+        torch.testing.assert_close(total.float(), torch.from_numpy(data[f"tac_{place}"]), rtol=1e-4, atol=0)
+        if place != 8:
+            stats = ops.channel_stats(triggered, torch.arange(20), 20)
+            sums = torch.from_numpy(data[f"feature_bd_sum_{place}"])
+            torch.testing.assert_close((stats.mean * stats.count).float(), sums, rtol=1e-4, atol=1e-3)
 
 
 X = torch.zeros(3, 2)

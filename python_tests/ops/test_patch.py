@@ -7,6 +7,8 @@ from op_cases import (
     DEVICES,
     IMAGE_DTYPES,
     LAYOUTS,
+    MEAN,
+    STD,
     assert_same,
     batches,
     channels,
@@ -99,6 +101,26 @@ def test_golden_badnet_is_exact(name, prefix):
     # The reference decides element by element: a zero of the trigger is transparent.
     out = ops.patch(nchw(data[f"{prefix}images"]), trigger, trigger != 0)
     torch.testing.assert_close(out, nchw(data[f"{prefix}out_{name}"]), rtol=0, atol=0)
+
+
+def test_golden_inputaware():
+    """The generators' patterns through their masks, in normalised units, where the method trains, and in pixels."""
+    data = {key: torch.from_numpy(value) for key, value in golden("inputaware").items()}
+    x, pattern, mask = data["x_normalised"], data["patterns_normalised"], data["mask_thresholded"]
+    pixels = nchw(data["images"].numpy())
+    batch = ops.gather_augment(pixels, torch.arange(16), mean=MEAN.flatten().tolist(), std=STD.flatten().tolist())
+    torch.testing.assert_close(batch, x, rtol=0, atol=0)
+    torch.testing.assert_close((data["patterns"] - MEAN) / STD, pattern, rtol=0, atol=1e-5)
+    torch.testing.assert_close((20 * data["masks"] - 10).tanh() / (2 + 1e-7) + 0.5, mask, rtol=0, atol=1e-5)
+    # The cross samples of the file were given the same patterns, so they are the same images.
+    for name in ("bd", "cross"):
+        torch.testing.assert_close(ops.patch(x, pattern, mask), data[name], rtol=0, atol=1e-5)
+        in_pixels = ops.patch(pixels.float() / 255, data["patterns"], mask)
+        torch.testing.assert_close((in_pixels - MEAN) / STD, data[name], rtol=0, atol=1e-5)
+    where = torch.arange(16) % 3 == 0
+    some = ops.patch(x, pattern, mask, where)
+    torch.testing.assert_close(some[where], data["bd"][where], rtol=0, atol=1e-5)
+    torch.testing.assert_close(some[~where], x[~where], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shapes", [("chw", "hw"), ("nchw", "1hw"), ("chw", "chw"), ("nchw", "n1hw"), ("nchw", "nchw")])

@@ -11,6 +11,8 @@ from op_cases import (
     DEVICES,
     IMAGE_DTYPES,
     LAYOUTS,
+    MEAN,
+    STD,
     assert_same,
     batches,
     channels,
@@ -165,15 +167,35 @@ def test_golden_bpp_test_images(mode, dither, rounding):
 @pytest.mark.parametrize("mode", ["quant", "dither"])
 def test_golden_bpp_training_batch(mode):
     data = golden("bpp")
-    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1), torch.tensor([0.247, 0.243, 0.261]).view(3, 1, 1)
-    x = torch.from_numpy(data[f"train_batch_in_8_{mode}"])[:4] * std + mean
+    x = torch.from_numpy(data[f"train_batch_in_8_{mode}"])[:4] * STD + MEAN
     got = ops.quantize(x, 8, mode == "dither")
     if mode == "dither":  # the reference rounds what its dithering returns
         got = (got * 255).round() / 255
-    got = (got - mean) / std
-    expected = torch.from_numpy(data[f"train_batch_out_8_{mode}"])[:4]
-    wrong = (got - expected).abs() > 1e-5
+    got = (got - MEAN) / STD
+    expected = torch.from_numpy(data[f"train_batch_out_8_{mode}"])
+    wrong = (got - expected[:4]).abs() > 1e-5
     assert float(wrong.float().mean()) < 0.005
+    # The next four carry the change of another image, clamped; the rest stays as it is.
+    index = data[f"train_neg_index_8_{mode}"][:4]
+    change = nchw(data[f"test_bd_png_8_{mode}"][index]).float() - nchw(data[f"clean_test_png_8_{mode}"][index])
+    negatives = torch.from_numpy(data[f"train_batch_in_8_{mode}"])[4:8] * STD + MEAN
+    negatives = (ops.add(negatives, change / 255) - MEAN) / STD
+    torch.testing.assert_close(negatives, expected[4:8], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["quant", "dither"])
+def test_golden_bpp_cross_images(mode):
+    """The test set's other images carry the change of another one, with the opposite sign. Where a sum leaves 0..255
+    the reference's cast to bytes wraps; ours is clamped."""
+    data = golden("bpp")
+    x, index = nchw(data["images"]), data[f"cross_test_index_8_{mode}"]
+    change = nchw(data[f"clean_test_png_8_{mode}"][index]).float() - nchw(data[f"test_bd_png_8_{mode}"][index])
+    got, expected, exact = ops.add(x, change), nchw(data[f"cross_test_png_8_{mode}"]), x + change
+    inside = (exact >= 0) & (exact <= 255)
+    torch.testing.assert_close(got[inside], expected[inside], rtol=0, atol=0)
+    assert 0.9 < float(inside.float().mean()) < 1
+    torch.testing.assert_close(exact.remainder(256), expected.float(), rtol=0, atol=0)
+    assert set(got[~inside].tolist()) == {0, 255}
 
 
 def test_values_beyond_the_range_of_float_images():

@@ -189,6 +189,13 @@ def test_golden_refool(case):
     difference = (got.int() - nchw(data[f"{case}_blended"]).int()).abs()
     assert int(difference.max()) <= 1
     assert float((difference > 0).float().mean()) < 1e-3
+    # The layers by themselves: the image behind nothing, and the ghost before nothing. (How far a blurred reflection is
+    # lowered depends on the image behind it.)
+    layers = {"transmission": (x, torch.zeros_like(x)), "reflection": (torch.zeros_like(x), r)}
+    for name, (behind, before) in layers.items():
+        if name == "transmission" or case.startswith("ghost"):
+            layer = ops.reflect(behind, before, "ghost" if case.startswith("ghost") else "out_of_focus", **options)
+            torch.testing.assert_close(layer.int(), nchw(data[f"{case}_{name}"]).int(), rtol=0, atol=1)
 
 
 @given(st.sampled_from(MODES), image_dtypes, seeds)

@@ -95,6 +95,8 @@ def test_golden_sig_is_exact(delta, f, prefix):
     data = golden("sig")
     out = ops.sinusoid(nchw(data[f"{prefix}images"]), delta, f, rounding="truncate")
     torch.testing.assert_close(out, nchw(data[f"{prefix}out_{delta}_{f}"]), rtol=0, atol=0)
+    wave = (ops.sinusoid(torch.full((1, 1, 1, 32), 0.5, dtype=torch.float64), delta, f).flatten() - 0.5) * 255
+    torch.testing.assert_close(wave.float(), torch.from_numpy(data[f"pattern_{delta}_{f}"]), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [None, "some"])
