@@ -23,7 +23,7 @@ def add(images: Tensor, delta: Tensor, where: Tensor | None = None, *, rounding:
     ``torch.clamp``: whole where the sum lies in 0..1, ends included, and zero beyond.
 
     Args:
-        images: ``[N, C, H, W]``, uint8 or floating, any strides.
+        images: ``[N, C, H, W]``, uint8 or floating (then in 0..1: normalised ones would be clamped to it), any strides.
         delta: ``[C, H, W]`` or ``[N, C, H, W]``, floating, in the images' units: levels of 0..255 for uint8 images. May
             be infinite.
         where: bool ``[N]``, the images to change; None changes all. The others are not clamped either.

@@ -93,14 +93,14 @@ def _scaled(norms: Tensor, scale: Tensor | None) -> Tensor:
 
 def _check_arguments(weight: Any, scale: Any) -> None:
     op = "channel_lipschitz"
-    if not isinstance(weight, Tensor) or weight.dtype not in _check.FLOATS:
+    if not _check.is_dense(weight, _check.FLOATS):
         raise TypeError(f"{op}: weight must be a floating tensor, got {_check.describe(weight)}")
     if weight.dim() < 2:
         raise ValueError(f"{op}: weight must be [C_out, C_in, ...], got {_check.describe(weight)}")
     if scale is None:
         return
     o = weight.shape[0]
-    if not isinstance(scale, Tensor) or scale.dtype not in _check.FLOATS:
+    if not _check.is_dense(scale, _check.FLOATS):
         raise TypeError(f"{op}: scale must be a floating tensor [{o}], got {_check.describe(scale)}")
     if tuple(scale.shape) != (o,):
         raise ValueError(f"{op}: scale must be [{o}], got {_check.describe(scale)}")

@@ -86,7 +86,7 @@ def parameter(op: str, name: str, value: Any, batch: Tensor, low: float, high: f
     """A number in ``low..high``, or one for each image: a floating tensor ``[N]``, returned as ``[N, 1, 1, 1]`` in the
     batch's compute dtype. Values of a tensor are looked at on the CPU alone."""
     n = batch.shape[0]
-    if isinstance(value, Tensor) and value.dtype in FLOATS:
+    if is_dense(value, FLOATS):
         if tuple(value.shape) not in ((), (n,)):
             raise ValueError(f"{op}: {name} must be a number or [{n}], got {describe(value)}")
         same_device(op, name, value, batch)

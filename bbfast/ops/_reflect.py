@@ -17,6 +17,7 @@ __all__ = ["reflect"]
 
 _MODES = ("ghost", "focus", "out_of_focus")
 _GAMMA = 2.2
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _TENSOR_RADIUS = 10  # taps on each side of a blur whose sigma, up to 5, stands in a tensor
 
 Pair = tuple[int, int] | Tensor
@@ -203,7 +204,7 @@ def _pair(op: str, name: str, value: Any, images: Tensor, most: tuple[int, int],
     n = images.shape[0]
     used = used and images.numel() > 0
     if isinstance(value, Tensor):
-        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        if not _check.is_dense(value, _INTEGERS):
             raise TypeError(f"{op}: {name} must be two integers or an integer tensor, got {_check.describe(value)}")
         if tuple(value.shape) not in ((2,), (n, 2)):
             raise ValueError(f"{op}: {name} must be two integers or [{n}, 2], got {_check.describe(value)}")

@@ -83,7 +83,7 @@ def _compute(state: TopK | None, activations: Tensor, index: Tensor, k: int) -> 
 
 def _check_arguments(state: Any, activations: Any, index: Any, k: Any) -> None:
     op = "topk_update"
-    if not isinstance(activations, Tensor) or activations.dtype not in _check.FLOATS:
+    if not _check.is_dense(activations, _check.FLOATS):
         raise TypeError(f"{op}: activations must be a floating tensor [N, C], got {_check.describe(activations)}")
     if activations.dim() != 2:
         raise ValueError(f"{op}: activations must be [N, C], got {_check.describe(activations)}")
@@ -97,7 +97,7 @@ def _check_arguments(state: Any, activations: Any, index: Any, k: Any) -> None:
         raise TypeError(f"{op}: state must be a TopK or None, got {_check.describe(state)}")
     dtypes = (activations.dtype, torch.int64, torch.int64)
     for name, value, shape, dtype in zip(TopK._fields, state, ((c, k), (c, k), (c,)), dtypes, strict=True):
-        if not isinstance(value, Tensor) or value.dtype != dtype:
+        if not _check.is_dense(value, (dtype,)):
             kind = str(dtype).removeprefix("torch.")
             raise TypeError(f"{op}: state.{name} must be a {kind} tensor, got {_check.describe(value)}")
         if tuple(value.shape) != shape:

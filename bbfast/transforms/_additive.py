@@ -26,8 +26,9 @@ class Additive(Trigger):
 
     def __init__(self, delta: Tensor) -> None:
         super().__init__()
-        if not delta.is_floating_point():
-            raise TypeError(f"{type(self).__name__}: delta must be a floating tensor [C, H, W], got {delta.dtype}")
+        if not isinstance(delta, Tensor) or not delta.is_floating_point():
+            got = delta.dtype if isinstance(delta, Tensor) else type(delta).__name__
+            raise TypeError(f"{type(self).__name__}: delta must be a floating tensor [C, H, W], got {got}")
         if delta.dim() != 3:
             raise ValueError(f"{type(self).__name__}: delta must be [C, H, W], got {list(delta.shape)}")
         self.register_buffer("delta", delta)

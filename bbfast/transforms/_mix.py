@@ -18,7 +18,7 @@ class Blended(Trigger):
         alpha: Weight of the pattern in 0..1.
 
     Raises:
-        TypeError: if ``pattern`` is not uint8.
+        TypeError: if ``pattern`` is not uint8, or ``alpha`` not a number.
         ValueError: if ``alpha`` leaves 0..1; when called, if the pattern does not fit the images.
     """
 
@@ -27,8 +27,7 @@ class Blended(Trigger):
     def __init__(self, pattern: Tensor, alpha: float = 0.2) -> None:
         super().__init__()
         check_picture(self, "pattern", pattern)
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"Blended: alpha must lie in 0..1, got {alpha}")
+        ops.blend(pattern[None], pattern, alpha)  # says now what is wrong with alpha
         self.register_buffer("pattern", pattern)
         self.alpha = alpha
 

@@ -22,7 +22,7 @@ class BadNets(Trigger):
         distance_to_bottom: Rows between the square and the bottom border.
 
     Raises:
-        TypeError: if ``pattern`` is not uint8.
+        TypeError: if ``pattern`` is not uint8, or a number of pixels not an integer.
         ValueError: if ``mask`` is given without ``pattern``, or does not fit it; when called, if the square or the
             pattern does not fit the images.
     """
@@ -44,11 +44,18 @@ class BadNets(Trigger):
             raise ValueError("BadNets: mask needs pattern")
         if pattern is not None:
             check_picture(self, "pattern", pattern)
-            mask = (pattern > 0).float() if mask is None else mask.float()
-        if square_size is not None and square_size < 1:
-            raise ValueError(f"BadNets: square_size must be at least 1, got {square_size}")
-        if min(distance_to_right, distance_to_bottom) < 0:
-            raise ValueError("BadNets: distance_to_right and distance_to_bottom must not be negative")
+            mask = (pattern > 0).float() if mask is None else mask
+            ops.patch(pattern[None], pattern, mask)  # says now what is wrong with the mask
+            mask = mask.float()
+        for name, value, least in (
+            ("square_size", 1 if square_size is None else square_size, 1),
+            ("distance_to_right", distance_to_right, 0),
+            ("distance_to_bottom", distance_to_bottom, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"BadNets: {name} must be an integer, got {value!r}")
+            if value < least:
+                raise ValueError(f"BadNets: {name} must be at least {least}, got {value}")
         self.register_buffer("pattern", pattern)
         self.register_buffer("mask", mask)
         self.square_size = square_size

@@ -43,8 +43,9 @@ class WaNet(Trigger):
         super().__init__()
         if grid is None:
             grid = ops.wanet_grid(size, k, s, grid_rescale, generator=generator)
-        if tuple(grid.shape) != (size, size, 2):
-            raise ValueError(f"WaNet: grid must be [{size}, {size}, 2], got {list(grid.shape)}")
+        elif not isinstance(grid, Tensor) or not grid.is_floating_point() or tuple(grid.shape) != (size, size, 2):
+            got = f"{grid.dtype} {list(grid.shape)}" if isinstance(grid, Tensor) else type(grid).__name__
+            raise ValueError(f"WaNet: grid must be a floating tensor [{size}, {size}, 2], got {got}")
         self.register_buffer("grid", grid)
 
     def apply(self, images: Tensor) -> Tensor:

@@ -157,6 +157,7 @@ W = torch.zeros(3, 2, 3, 3)
     [
         ((W.int(),), TypeError, "weight must be a floating tensor, got int32"),
         ((None,), TypeError, "weight must be a floating tensor, got NoneType"),
+        ((W.to_sparse(),), TypeError, "weight must be a floating tensor, got sparse_coo float32"),
         ((W[:, 0, 0, 0],), ValueError, r"weight must be \[C_out, C_in, ...\], got float32 \[3\]"),
         ((W, torch.ones(3).int()), TypeError, r"scale must be a floating tensor \[3\], got int32"),
         ((W, 2.0), TypeError, r"scale must be a floating tensor \[3\], got float 2.0"),

@@ -137,6 +137,7 @@ S = ops.topk_update(None, X, I, 4)
     [
         ((None, X.int(), I, 4), TypeError, r"activations must be a floating tensor \[N, C\], got int32"),
         ((None, None, I, 4), TypeError, r"activations must be a floating tensor \[N, C\], got NoneType"),
+        ((None, X.to_sparse(), I, 4), TypeError, "activations must be a floating tensor .* got sparse_coo float32"),
         ((None, X[0], I, 4), ValueError, r"activations must be \[N, C\], got float32 \[2\]"),
         ((None, X, I.int(), 4), TypeError, r"index must be a int64 tensor \[3\], got int32"),
         ((None, X, I[:2], 4), ValueError, r"index must have shape \[3\], got int64 \[2\]"),
