@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ DEVICES = [
         "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
     ),
 ]
+
+
+def on_every_device_dtype_and_layout(test: Callable[..., None]) -> Callable[..., None]:
+    """Runs ``test(device, dtype, layout)`` for each of them."""
+    for name, values in (("layout", LAYOUTS), ("dtype", IMAGE_DTYPES), ("device", DEVICES)):
+        test = pytest.mark.parametrize(name, values)(test)
+    return test
+
 
 # CIFAR-10's, with which the golden files are normalised.
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)

@@ -5,9 +5,6 @@ import pytest
 import torch
 from hypothesis import given
 from op_cases import (
-    DEVICES,
-    IMAGE_DTYPES,
-    LAYOUTS,
     MEAN,
     STD,
     assert_same,
@@ -20,6 +17,7 @@ from op_cases import (
     make_images,
     make_where,
     nchw,
+    on_every_device_dtype_and_layout,
     seeds,
     sides,
     uniform,
@@ -70,9 +68,7 @@ def test_every_byte_with_every_hard_delta(rounding, shared, dtype):
     np.testing.assert_array_equal(got.numpy(), np.clip(whole, 0, 255).astype(np.uint8))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", IMAGE_DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@on_every_device_dtype_and_layout
 def test_devices_agree(device, dtype, layout):
     for seed, size in enumerate((7, 16, 33)):
         x = make_images((5, 3, size, size), dtype, layout, seed, device)

@@ -8,9 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from op_cases import (
-    DEVICES,
-    IMAGE_DTYPES,
-    LAYOUTS,
     batches,
     channels,
     chosen,
@@ -18,6 +15,7 @@ from op_cases import (
     layouts,
     make_images,
     make_where,
+    on_every_device_dtype_and_layout,
     seeds,
     sides,
     uniform,
@@ -80,9 +78,7 @@ def test_is_the_method_step_by_step(n, c, h, w, dtype, layout, kind, beta, seed)
     torch.testing.assert_close(x, before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", IMAGE_DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@on_every_device_dtype_and_layout
 def test_devices_agree(device, dtype, layout):
     where = make_where("some", 5, 0)
     for size in (7, 16, 33):

@@ -5,9 +5,6 @@ import pytest
 import torch
 from hypothesis import given
 from op_cases import (
-    DEVICES,
-    IMAGE_DTYPES,
-    LAYOUTS,
     assert_same,
     batches,
     channels,
@@ -18,6 +15,7 @@ from op_cases import (
     make_images,
     make_where,
     nchw,
+    on_every_device_dtype_and_layout,
     seeds,
     sides,
     uniform,
@@ -59,9 +57,7 @@ def test_agrees_with_the_reference_to_the_bit(n, c, h, w, dtype, layout, kind, s
     torch.testing.assert_close(x, before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", IMAGE_DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@on_every_device_dtype_and_layout
 def test_devices_agree(device, dtype, layout):
     for seed, size in enumerate((7, 16, 33)):
         x = make_images((5, 3, size, size), dtype, layout, seed, device)

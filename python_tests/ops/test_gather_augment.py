@@ -4,7 +4,17 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from op_cases import DEVICES, IMAGE_DTYPES, LAYOUTS, assert_same, golden, layouts, make_images, nchw, seeds, sides
+from op_cases import (
+    IMAGE_DTYPES,
+    assert_same,
+    golden,
+    layouts,
+    make_images,
+    nchw,
+    on_every_device_dtype_and_layout,
+    seeds,
+    sides,
+)
 
 from bbfast import ops
 from bbfast.ops import reference
@@ -46,9 +56,7 @@ def test_agrees_with_the_reference_to_the_bit(b, c, h, w, layout, dtype, channel
     assert got.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", IMAGE_DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@on_every_device_dtype_and_layout
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_devices_agree(device, dtype, layout, channels_last):
     for seed, size in enumerate((7, 16, 33)):

@@ -8,9 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from op_cases import (
-    DEVICES,
     IMAGE_DTYPES,
-    LAYOUTS,
     MEAN,
     STD,
     assert_same,
@@ -23,6 +21,7 @@ from op_cases import (
     make_images,
     make_where,
     nchw,
+    on_every_device_dtype_and_layout,
     seeds,
     sides,
 )
@@ -71,9 +70,7 @@ def test_every_byte_and_every_number_of_levels(rounding):
         assert reference.quantize(x, count, rounding=rounding).flatten().tolist() == expected, count
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", IMAGE_DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@on_every_device_dtype_and_layout
 def test_devices_agree(device, dtype, layout):
     for seed, (height, width) in enumerate(((7, 16), (33, 21), (70, 1), (1, 70))):
         x = make_images((5, 3, height, width), dtype, layout, seed, device)

@@ -10,9 +10,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from op_cases import (
-    DEVICES,
-    IMAGE_DTYPES,
-    LAYOUTS,
     batches,
     channels,
     chosen,
@@ -22,6 +19,7 @@ from op_cases import (
     make_images,
     make_where,
     nchw,
+    on_every_device_dtype_and_layout,
     seeds,
     sides,
     uniform,
@@ -162,9 +160,7 @@ def test_is_the_method_step_by_step(n, c, h, w, dtype, layout, kind, mode, share
     torch.testing.assert_close(x, before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", IMAGE_DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@on_every_device_dtype_and_layout
 def test_devices_agree(device, dtype, layout):
     for seed, mode in enumerate(MODES):
         x = make_images((5, 3, 16, 33), dtype, layout, seed, device)

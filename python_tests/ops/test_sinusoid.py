@@ -7,9 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from op_cases import (
-    DEVICES,
-    IMAGE_DTYPES,
-    LAYOUTS,
     assert_same,
     batches,
     channels,
@@ -20,6 +17,7 @@ from op_cases import (
     make_images,
     make_where,
     nchw,
+    on_every_device_dtype_and_layout,
     seeds,
     sides,
     uniform,
@@ -50,9 +48,7 @@ def test_is_the_addition_of_the_same_wave_to_every_row(dtype, seed):
     assert_same(ops.sinusoid(x), ops.add(x, wave.to(wide).expand(3, 5, 33)))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", IMAGE_DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@on_every_device_dtype_and_layout
 def test_devices_agree(device, dtype, layout):
     for seed, size in enumerate((7, 16, 33)):
         x = make_images((5, 3, size, size), dtype, layout, seed, device)

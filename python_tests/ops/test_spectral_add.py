@@ -6,9 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from op_cases import (
-    DEVICES,
-    IMAGE_DTYPES,
-    LAYOUTS,
     assert_same,
     batches,
     chosen,
@@ -18,6 +15,7 @@ from op_cases import (
     make_images,
     make_where,
     nchw,
+    on_every_device_dtype_and_layout,
     seeds,
     uniform,
 )
@@ -93,9 +91,7 @@ def test_rgb_takes_any_number_of_channels(c, dtype, layout, kind, seed):
     torch.testing.assert_close(got[:, : c - 1], x[:, : c - 1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", IMAGE_DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@on_every_device_dtype_and_layout
 def test_devices_agree(device, dtype, layout):
     where = make_where("some", 5, 0)
     for seed, (height, width, window) in enumerate(((7, 7, 7), (16, 32, 16), (33, 66, None), (16, 48, 8))):
