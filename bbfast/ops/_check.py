@@ -7,7 +7,8 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch._C import _functorch  # torch.func has no public way to ask whether a tensor stands for a batch
+
+from bbfast.ops._func import is_wrapped
 
 __all__ = [
     "IMAGE_DTYPES",
@@ -19,7 +20,6 @@ __all__ = [
     "images",
     "inspectable",
     "is_dense",
-    "is_wrapped",
     "parameter",
     "pattern",
     "same_device",
@@ -53,11 +53,6 @@ def inspectable(tensor: Tensor) -> bool:
     """Whether values may be looked at here: on the CPU, where it costs no wait, and outside ``torch.compile`` and
     ``torch.func``, where there are none."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_wrapped(tensor)
-
-
-def is_wrapped(tensor: Tensor) -> bool:
-    """Whether ``torch.func`` has wrapped it: it then stands for a batch (``vmap``) or is being differentiated."""
-    return not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def images(op: str, value: Any) -> None:

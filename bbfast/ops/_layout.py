@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bbfast.ops import _check
+from bbfast.ops._func import is_wrapped
 
 __all__ = ["empty_result", "result_format"]
 
@@ -15,7 +15,7 @@ def result_format(images: Tensor) -> torch.memory_format:
 
     The same rule as ``result_format`` in csrc/common/image_batch.h.
     """
-    if _check.is_wrapped(images):  # cannot be asked, and its slices' format would not be the batch's
+    if is_wrapped(images):  # cannot be asked, and its slices' format would not be the batch's
         return torch.contiguous_format
     if not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch  # torch.func has no public way to ask which of its transforms are at work
-from torch.autograd import forward_ad
+
+from bbfast.ops._func import gradient_beyond_backward
 
 __all__ = ["Status", "register", "status", "usable"]
 
@@ -121,13 +121,4 @@ def usable(op: str, tensor: Tensor) -> bool:
     where a gradient is wanted that a registered operator cannot give."""
     kind = tensor.device.type
     served = op in _STATUS.kernels and (kind in ("cpu", "meta") or (kind == "cuda" and _STATUS.cuda))
-    return served and not (op in _DIFFERENTIABLE and _gradient_beyond_backward())
-
-
-def _gradient_beyond_backward() -> bool:
-    """Whether ``torch.func.grad`` or one of its kin is at work, or forward-mode differentiation. The first refuses a
-    registered operator, the second would take its derivative for zero."""
-    if torch.compiler.is_compiling():
-        return False
-    transforms = _functorch.get_interpreter_stack() or ()
-    return forward_ad._current_level >= 0 or any(t.key() == _functorch.TransformType.Grad for t in transforms)
+    return served and not (op in _DIFFERENTIABLE and gradient_beyond_backward())
