@@ -68,8 +68,8 @@ def cache_root(choice: str | Path | bool | None = None) -> Path | None:
     return Path(choice).expanduser()
 
 
-def signature(files: Iterable[Path]) -> str:
-    """SHA-256 over names, sizes and modification times of ``files``, in any order.
+def signature(files: Iterable[Path], root: Path) -> str:
+    """SHA-256 over sizes, modification times and names below ``root`` of ``files``, in any order and spelling of root.
 
     Raises:
         OSError: if a file cannot be looked up.
@@ -77,7 +77,7 @@ def signature(files: Iterable[Path]) -> str:
     lines = []
     for path in files:
         status = path.stat()
-        lines.append(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n")
+        lines.append(f"{os.path.relpath(path, root)}\0{status.st_size}\0{status.st_mtime_ns}\n")
     return hashlib.sha256("".join(sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -105,7 +105,7 @@ def cached(
         return decode()
     key = sha256_json([VERSION, artifact.FORMAT_VERSION, name, str(root.resolve()), options])
     entry = cache / "datasets" / f"{name}-{key[:16]}"
-    source = signature(files)
+    source = signature(files, root)
     found = _read(entry, source)
     if found is not None:
         return found

@@ -9,7 +9,10 @@ import torch
 from bbfast._hashing import content_hash
 from bbfast.data.imageset import ImageSet
 
-__all__ = ["DataPair", "fingerprint"]
+__all__ = ["MOST_CLASSES", "DataPair", "fingerprint"]
+
+MOST_CLASSES = 1 << 20
+"""Labels beyond are no class numbers (a hash, a time): every class gets a name, so they would fill the memory."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,8 +35,8 @@ class DataPair:
         fingerprint: SHA-256 over pixels and labels, 64 hexadecimal digits; empty computes it.
 
     Raises:
-        ValueError: if image sizes differ, a label is not below ``num_classes``, ``class_names`` has another length, or
-            ``padding`` is negative.
+        ValueError: if image sizes differ, a label is not below ``num_classes``, there are more than 2**20 classes,
+            ``class_names`` has another length, or ``padding`` is negative.
     """
 
     train: ImageSet
@@ -62,6 +65,9 @@ class DataPair:
         self._set("num_classes", self.num_classes or largest + 1)
         if largest >= self.num_classes:
             raise ValueError(f"labels must lie in 0..{self.num_classes - 1}, got {largest}")
+        if self.num_classes > MOST_CLASSES:
+            came = f"{self.num_classes} for labels of up to {largest}"
+            raise ValueError(f"num_classes must be at most {MOST_CLASSES}, got {came}")
         self._set("class_names", tuple(map(str, self.class_names)) or tuple(map(str, range(self.num_classes))))
         if len(self.class_names) != self.num_classes:
             raise ValueError(f"class_names must have {self.num_classes} names, got {len(self.class_names)}")

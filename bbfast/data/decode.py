@@ -22,6 +22,8 @@ __all__ = ["IMAGE_SUFFIXES", "image_files", "read_images"]
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 _CHUNK = 256
+# Pillow's conversion of these to RGB cuts off what exceeds 255: a 16-bit picture would come out white.
+_NOT_8_BIT = ("I", "F")
 _log = logging.getLogger(__name__)
 
 
@@ -44,7 +46,8 @@ def read_images(paths: Sequence[Path], size: tuple[int, int] | None, remedy: str
         uint8 ``[N, 3, H, W]``.
 
     Raises:
-        DatasetError: naming the file that cannot be decoded, or two files of different sizes if ``size`` is None.
+        DatasetError: naming the file that cannot be decoded or has more than 8 bits a channel, or two files of other
+            sizes if ``size`` is None.
     """
     if size is None and paths:
         with _opened(paths[0], remedy) as first:
@@ -83,6 +86,8 @@ def _opened(path: Path, remedy: str) -> Image.Image:
 
 
 def _rgb(image: Image.Image, path: Path, size: tuple[int, int], remedy: str) -> Image.Image:
+    if image.mode.startswith(_NOT_8_BIT):
+        raise DatasetError(f"{path} must have 8 bits a channel, got Pillow's mode {image.mode!r}; {remedy}")
     try:
         rgb = image.convert("RGB")
     except _DECODE_ERRORS as error:

@@ -50,6 +50,17 @@ def test_decoded_once_whatever_does_not_change_pixels(file: Path, decodings: lis
     assert again.mean == (0.4914, 0.4822, 0.4465) and again.flip and again.padding == 2
 
 
+def test_one_entry_however_the_place_is_written(
+    file: Path, decodings: list[Path], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets.load("npz", file)
+    monkeypatch.chdir(file.parent)
+    datasets.load("npz", file.name)
+    (tmp_path / "link").symlink_to(file.parent, target_is_directory=True)
+    datasets.load("npz", tmp_path / "link" / file.name)
+    assert len(decodings) == 1 and len(entries(cache)) == 1
+
+
 def test_options_that_change_pixels_have_their_own_entry(file: Path, decodings: list[Path], cache: Path) -> None:
     assert datasets.load("npz", file, size=4).image_size == (3, 4, 4)
     assert datasets.load("npz", file).image_size == (3, 8, 9)

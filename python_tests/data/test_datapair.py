@@ -59,6 +59,7 @@ def test_to_moves_both_sets(device: str) -> None:
     ("options", "message"),
     [
         ({"num_classes": 2}, r"labels must lie in 0..1, got 2"),
+        ({"num_classes": 10**12}, r"num_classes must be at most 1048576, got 1000000000000 for labels of up to 2"),
         ({"class_names": ("a", "b")}, "class_names must have 3 names, got 2"),
         ({"padding": -1}, "padding must be >= 0, got -1"),
         ({"image_size": (3, 5, 4)}, r"image_size must be that of the images, \(3, 4, 4\), got \(3, 5, 4\)"),

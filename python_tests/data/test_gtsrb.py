@@ -91,6 +91,8 @@ TRAIN = "GTSRB/Final_Training/Images"
         (_remove("GTSRB/Final_Test/Images/00001.ppm"), "00001.ppm is missing"),
         (_truncate(f"{TRAIN}/00012/00000_00000.ppm"), "00012/00000_00000.ppm cannot be decoded as an image"),
         (_write("GTSRB/Final_Test/Images/00001.ppm", ""), "00001.ppm cannot be decoded as an image"),
+        (_write("GT-final_test.csv", ""), "GT-final_test.csv is damaged: it has no rows"),
+        (_write(f"{TRAIN}/00002/GT-00002.csv", "Filename;ClassId\n"), "GT-00002.csv is damaged: it has no rows"),
         (_write("GT-final_test.csv", "a;b\n1;2\n"), "not a table with the columns Filename and ClassId"),
         (_write("GT-final_test.csv", "Filename;ClassId\n00001.ppm;x\n"), "not a table with the columns"),
         (_write("GT-final_test.csv", "Filename;ClassId\n00001.ppm;43\n"), "ClassId must lie in 0..42, got 43"),

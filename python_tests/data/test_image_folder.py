@@ -56,6 +56,10 @@ def _save(path: str, height: int, width: int) -> Callable[[Path], object]:
     return do
 
 
+def _deep(path: str, dtype: Any) -> Callable[[Path], object]:
+    return lambda root: Image.fromarray(np.full((12, 16), 1000, dtype)).save(root / path)
+
+
 def _shrink_test(root: Path) -> None:
     for path in (root / "test" / "cat").iterdir():
         _save(f"test/cat/{path.name}", 5, 5)(root)
@@ -73,6 +77,8 @@ def _shrink_test(root: Path) -> None:
         (_shrink_test, "are 12x16, test images 5x5; pass size="),
         (lambda root: (root / "test" / "cat" / "a.PNG").write_bytes(b"no image"), "a.PNG cannot be decoded"),
         (lambda root: (root / "train" / "ant" / "a.PNG").write_bytes(b""), "a.PNG cannot be decoded"),
+        (_deep("train/cat/deep.png", np.uint16), "deep.png must have 8 bits a channel, got Pillow's mode 'I"),
+        (_deep("train/cat/deep.tif", np.float32), "deep.tif must have 8 bits a channel, got Pillow's mode 'F'"),
     ],
 )
 def test_missing_and_damaged_files_are_named(folder_root: Path, damage: Callable[[Path], object], message: str) -> None:

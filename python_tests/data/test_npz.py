@@ -76,6 +76,8 @@ NAMES = np.array(["a", "b"])
         ({"train_labels": np.zeros(5, int)}, r"train_labels of .* one label for each of 6 images, got shape \[5\]"),
         ({"train_labels": np.zeros(6)}, "train_labels of .* must be whole numbers, got float64"),
         ({"test_labels": np.array([0, -1, 2])}, "test_labels of .* must be class numbers >= 0, got -1"),
+        ({"test_labels": np.array([0, 10**12, 2])}, "test_labels of .* must be class numbers below 1048576, got 10000"),
+        ({"test_labels": np.array([0, 2**63, 2], np.uint64)}, "test_labels of .* must be class numbers below 1048576"),
         ({"class_names": NAMES}, r"train_labels of .* must be labels in 0..1 \(2 classes\), got 2"),
         ({"class_names": NAMES, "test_labels": np.array([0, 1, 5])}, r"test_labels of .* in 0..1 .*got 5"),
         ({"class_names": np.zeros(3)}, "class_names of .* must be a vector of text, got float64"),

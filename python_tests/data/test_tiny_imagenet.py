@@ -57,6 +57,7 @@ def _rows(text: str) -> Callable[[Path], object]:
         (lambda base: (base / "val" / "val_annotations.txt").unlink(), "val_annotations.txt is missing"),
         (lambda base: (base / "val" / "images" / "val_2.JPEG").unlink(), "val_2.JPEG is missing"),
         (lambda base: shutil.rmtree(base / "train" / "n02" / "images"), "n02 is damaged: it holds no images"),
+        (_rows(""), "val_annotations.txt is damaged: it has no lines"),
         (_rows("val_0.JPEG\tn99\t0\t0\t0\t0\n"), "line 1 names the class 'n99'"),
         (
             lambda base: (base / "val" / "val_annotations.txt").write_bytes(b"\xff\xfe"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import logging
+import shlex
 import tarfile
 import zipfile
 import zlib
@@ -228,10 +229,10 @@ class Dataset(abc.ABC):
         place = "DIR" if root is None else str(root)
         if not issubclass(self.Options, DownloadOptions):
             call = f"bbfast.datasets.load({self.name!r}, root={place!r})"
-            return f"give the place as {call} or --dataset {self.name} --root {place}"
+            return f"give the place as {call} or --dataset {self.name} --root {shlex.quote(place)}"
         return (
             f"fetch it with bbfast.datasets.load({self.name!r}, root={place!r}, download=True) "
-            f"or bbfast attack badnets --dataset {self.name} --root {place} --download"
+            f"or bbfast attack badnets --dataset {self.name} --root {shlex.quote(place)} --download"
         )
 
     def missing(self, path: Path, root: Path) -> DatasetError:

@@ -140,9 +140,11 @@ class GTSRB(Dataset):
             with table.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file, delimiter=";", skipinitialspace=True))
             samples = [(folder / row["Filename"], int(row["ClassId"])) for row in rows]
-        except (KeyError, TypeError, ValueError, csv.Error) as error:
+        except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
             reason = f"it is not a table with the columns Filename and ClassId ({type(error).__name__}: {error})"
             raise self.damaged(table, reason, root) from error
+        if not samples:
+            raise self.damaged(table, "it has no rows", root)
         for path, label in samples:
             if not 0 <= label < _NUM_CLASSES:
                 raise self.damaged(table, f"ClassId must lie in 0..{_NUM_CLASSES - 1}, got {label}", root)

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bbfast.data.cache import Decoded
+from bbfast.data.datapair import MOST_CLASSES
 from bbfast.data.datasets._base import Dataset, DatasetInfo, FileOptions, Side, register
 from bbfast.data.resize import resize_u8
 from bbfast.errors import DatasetError
@@ -30,7 +31,7 @@ class NpzOptions(FileOptions):
     )
     size: Side | tuple[Side, Side] | None = Field(None, description="side, or height and width, to resize to")
     num_classes: int | None = Field(
-        None, ge=1, description="number of classes; default: class_names or the largest label + 1"
+        None, ge=1, le=MOST_CLASSES, description="number of classes; default: class_names or the largest label + 1"
     )
 
 
@@ -116,6 +117,8 @@ class Npz(Dataset):
             raise self._wrong(root, key, "whole numbers", f"{array.dtype}")
         if array.min() < 0:
             raise self._wrong(root, key, "class numbers >= 0", f"{array.min()}")
+        if array.max() >= MOST_CLASSES:
+            raise self._wrong(root, key, f"class numbers below {MOST_CLASSES}", f"{array.max()}")
         return torch.from_numpy(array.astype(np.int64))
 
     def _class_names(

@@ -100,7 +100,10 @@ class TinyImageNet(Dataset):
         found = [path.name for path in folder.iterdir() if path.is_dir() and path.name in labels]
         if not found:
             raise self.missing(table, root)
-        return [(path, labels[wnid]) for wnid in sorted(found) for path in _class_files(folder / wnid)]
+        samples = [(path, labels[wnid]) for wnid in sorted(found) for path in _class_files(folder / wnid)]
+        if not samples:
+            raise self.damaged(folder, "its class folders hold no images", root)
+        return samples
 
     def _annotated(self, table: Path, labels: dict[str, int], root: Path) -> Samples:
         rows = []
@@ -117,6 +120,8 @@ class TinyImageNet(Dataset):
             if not path.is_file():
                 raise self.missing(path, root)
             rows.append((wnid, name, path))
+        if not rows:
+            raise self.damaged(table, "it has no lines", root)
         return [(path, labels[wnid]) for wnid, _, path in sorted(rows)]
 
     def _names(self, wnids: list[str], root: Path) -> tuple[str, ...]:
