@@ -119,7 +119,8 @@ def defend(
         cache.put(attack.model, population.draws, view.computed_features())
     result.info.setdefault("data_used", list(view.used))
     result.config = _config(defense, attack, view, clean_fraction, target)
-    result.metrics = {**judge(result, attack, population, target), **result.metrics}
+    # The ground truth has the last word: a figure of that name from the defense itself is only its own opinion.
+    result.metrics = {**result.metrics, **judge(result, attack, population, target)}
     return result
 
 

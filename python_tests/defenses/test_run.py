@@ -63,6 +63,18 @@ def test_the_baseline_is_of_the_same_images(toy_attack: MakeAttack) -> None:
     assert part["der"] == 0.5 and part["c_acc_before"] == part["c_acc"] != 0.123
 
 
+def test_a_defense_does_not_write_its_own_report(toy_attack: MakeAttack) -> None:
+    def boast(view: DefenderView) -> DefenseResult:
+        result = give_back(view)
+        result.metrics = {"asr": 0.0, "der": 1.0, "mine": 3.0}
+        return result
+
+    attack = toy_attack()
+    honest = defenses.defend(defense_with(give_back, "model"), attack, device="cpu").metrics
+    metrics = defenses.defend(defense_with(boast, "model"), attack, device="cpu").metrics
+    assert (metrics["asr"], metrics["der"], metrics["mine"]) == (honest["asr"], honest["der"], 3.0)
+
+
 def test_model_metrics_agree_with_evaluate(toy_attack: MakeAttack) -> None:
     attack = toy_attack()
 
