@@ -19,6 +19,7 @@ __all__ = [
     "CorruptArtifactError",
     "DataRequirementError",
     "DatasetError",
+    "DivergedError",
     "NewerFormatError",
     "UnknownNameError",
     "UnsupportedModelError",
@@ -51,6 +52,10 @@ class ConfigError(BBFastError, ValueError):
 
 class DatasetError(BBFastError):
     """A data set's files are missing or damaged; the message says which file and how to get it."""
+
+
+class DivergedError(BBFastError):
+    """A training's loss is no longer finite."""
 
 
 class ArtifactError(BBFastError):

@@ -19,7 +19,7 @@ from bbfast import _progress
 from bbfast._hashing import content_hash
 from bbfast.data.imageset import ImageSet
 from bbfast.data.loader import Batch, BatchLoader, derive_seed
-from bbfast.errors import BBFastError
+from bbfast.errors import BBFastError, DivergedError
 from bbfast.training._checks import check_arguments, check_fit
 from bbfast.training._tally import Tally
 from bbfast.training.callbacks import Callbacks, EpochInfo
@@ -111,8 +111,8 @@ def train(
         TypeError: if an argument has the wrong type.
         ValueError: if ``train`` is empty, labels exceed the model's outputs, images do not fit the model, or the
             device or precision cannot be had.
-        BBFastError: if the loss stops being finite, or deterministic mode meets an operation that has no
-            deterministic form.
+        DivergedError: if the loss stops being finite.
+        BBFastError: if deterministic mode meets an operation that has no deterministic form.
     """
     check_arguments(model, train, recipe, program, seed, test=test, backdoor_test=backdoor_test)
     hooks = Callbacks(callbacks)
@@ -249,7 +249,7 @@ class _Run:
             bar.advance()
         row = {"epoch": epoch, **tally.result(), "lr": self.optimizer.param_groups[0]["lr"]}
         if not math.isfinite(row["loss"]):
-            raise BBFastError(
+            raise DivergedError(
                 f"the training loss became {row['loss']} in epoch {epoch} (learning rate {row['lr']:g}, precision "
                 f"{self.numerics.precision}); lower lr, set clip_grad_norm, or use precision='fp32'"
             )

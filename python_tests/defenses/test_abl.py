@@ -19,7 +19,7 @@ from bbfast.defenses import DefenseResult
 from bbfast.defenses.training._abl_programs import Ascent, AscentLimit, AscentStopped, isolation_loss, sample_losses
 from bbfast.defenses.training.abl import _Phases
 from bbfast.defenses.view import DataFacts, DefenderView, Grants
-from bbfast.errors import BBFastError, ConfigError, DataRequirementError
+from bbfast.errors import ArtifactError, BBFastError, ConfigError, DataRequirementError
 from bbfast.models import build
 from bbfast.training import EpochInfo, Recipe, predict, train
 
@@ -237,6 +237,23 @@ def test_ascent_that_diverges_is_named(toy_images: Callable[..., ImageSet]) -> N
     settings = {**TINY, "isolation_ratio": 0.1, "unlearn_epochs": 200, "lr_unlearn": 100.0}
     with pytest.raises(BBFastError, match="ascent on 20 isolated samples diverged; end it in time with ascent_stop"):
         defenses.create("abl", **settings).run(view_with(toy_images(200, 4)))
+
+
+def test_a_full_disk_is_not_called_divergence(
+    toy_images: Callable[..., ImageSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bbfast.training.checkpoint import Checkpoints
+
+    whole = Checkpoints.write
+
+    def full(self: Checkpoints, checkpoint: Any) -> None:
+        if "unlearn" in str(self._path):
+            raise ArtifactError("no space left")
+        whole(self, checkpoint)
+
+    monkeypatch.setattr(Checkpoints, "write", full)
+    with pytest.raises(ArtifactError, match="no space left"):
+        defenses.create("abl", isolation_ratio=0.1, **TINY).run(view_with(toy_images(200, 4), checkpoint=tmp_path))
 
 
 # -- on a real backdoor -----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.training._abl_programs import Ascent, AscentLimit, AscentStopped, Isolation, sample_losses
 from bbfast.defenses.view import DefenderView
-from bbfast.errors import BBFastError, DataRequirementError
+from bbfast.errors import DataRequirementError, DivergedError
 from bbfast.training import Program, Recipe, train
 
 __all__ = ["ABL"]
@@ -257,10 +257,10 @@ class _Phases:
                 description=f"abl {name}",
             )
             rows, epochs = done.history, recipe.epochs
-        except BBFastError as error:
+        except DivergedError as error:
             if not isinstance(program, Ascent):
                 raise
-            raise BBFastError(
+            raise DivergedError(
                 f"abl: gradient ascent on {len(data)} isolated samples diverged; end it in time with ascent_stop=10, "
                 "or lower lr_unlearn or unlearn_epochs"
             ) from error
