@@ -31,6 +31,13 @@ def test_defaults_and_values() -> None:
     assert config.ratio == 1.0 and type(config.ratio) is float and config.layers == (3,)
 
 
+def test_made_directly_the_class_is_the_owner() -> None:
+    with pytest.raises(ConfigError, match=r"^Settings: unknown setting 'ratoi'; did you mean ratio\?$"):
+        Settings(ratoi=0.1)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match=r"^Settings: settings: target must be 0 with all2all, got "):
+        Settings(mode="all2all", target=3)
+
+
 def test_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Settings().ratio = 0.5  # type: ignore[misc]
