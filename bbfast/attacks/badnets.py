@@ -88,13 +88,15 @@ class BadNets(Attack):
             **settings: Fields of ``Config``.
 
         Raises:
-            TypeError: if the pattern is not uint8.
+            TypeError: if the pattern is not uint8, or the mask is no tensor.
             ValueError: if a shape or the mask's range does not fit.
         """
         if not isinstance(pattern, Tensor) or pattern.dtype != torch.uint8 or pattern.dim() != 3:
             raise TypeError(f"pattern must be a uint8 tensor [C, H, W], got {_describe(pattern)}")
         if mask is None:
             mask = _opaque(pattern)
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a tensor or None, got {_describe(mask)}")
         channels, height, width = pattern.shape
         if tuple(mask.shape) not in ((height, width), (1, height, width), (channels, height, width)):
             raise ValueError(
@@ -124,6 +126,10 @@ class BadNets(Attack):
         if pattern.shape != data.image_size:
             raise ValueError(
                 f"{self.name}: the pattern is {tuple(pattern.shape)}, but the images are {data.image_size}"
+            )
+        if not bool(mask.any()):
+            raise ValueError(
+                f"{self.name}: the trigger changes nothing, its mask is 0 everywhere; without one, black is transparent"
             )
         return {"pattern": pattern, "mask": mask}
 

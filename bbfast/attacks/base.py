@@ -95,8 +95,7 @@ class Attack(ABC):
         self.seed = 0
         self.image_size: tuple[int, int, int] | None = None
         self.tensors: dict[str, Tensor] = {}
-        """Parameters of the trigger: what :meth:`fit` made, and all that :meth:`apply` may read besides the "
-        "settings."""
+        """What :meth:`fit` made: all that :meth:`apply` may read besides the settings and the seed."""
         self._fitted_to: str | None = None
 
     def __repr__(self) -> str:
@@ -249,8 +248,10 @@ class Attack(ABC):
             The poisoned set and its ground truth.
 
         Raises:
+            TypeError: if ``train`` is no ImageSet.
             ValueError: if the settings do not fit the data.
         """
+        _check_set("train", train)
         rule = self.rule(train.labels, num_classes)
         poison, cross = self.select(train.labels, rule, seed)
         self.prepare(train, rule.num_classes, seed)
@@ -260,9 +261,11 @@ class Attack(ABC):
         """The triggered test images that ASR and R-Acc are measured on.
 
         Raises:
+            TypeError: if ``test`` is no ImageSet.
             ValueError: if no test image qualifies or the settings do not fit the data.
             DataRequirementError: if the trigger is made from training data that it has not seen.
         """
+        _check_set("test", test)
         rule = self.rule(test.labels, num_classes)
         keep = rule.testable(test.labels).nonzero().flatten()
         if not keep.numel():
@@ -298,8 +301,7 @@ class Attack(ABC):
         return self.tensors[name].to(like.device)
 
     def _make_ready(self, data: ImageSet, seed: int) -> None:
-        """Make a trigger that needs no training data if there is none yet; one that was made stays, whatever its "
-        "seed."""
+        """Make a trigger that needs no training data if there is none; one that was made stays, whatever its seed."""
         if self.image_size is None:
             if self.fits_data:
                 raise self._not_ready()
@@ -359,6 +361,13 @@ class Attack(ABC):
     def _defaults(cls) -> dict[str, Any]:
         fields = cls.Config.model_fields.items()
         return {name: field.get_default(call_default_factory=True) for name, field in fields if not field.is_required()}
+
+
+def _check_set(name: str, images: object) -> None:
+    if not isinstance(images, ImageSet):
+        raise TypeError(f"{name} must be an ImageSet, got {type(images).__name__}")
+    if not len(images):
+        raise ValueError(f"{name} must hold at least one image, got an empty set")
 
 
 def _check_trigger_arguments(images: object, index: object, stage: object) -> None:

@@ -62,7 +62,7 @@ def parse_image_size(image_size: int | Sequence[int], in_channels: int | None = 
         TypeError: if ``image_size`` is neither a whole number nor a sequence of them.
         ValueError: if it has another length, a number is not positive, or ``in_channels`` differs from its ``C``.
     """
-    numbers = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
+    numbers = list(image_size) if isinstance(image_size, Sequence) else [image_size] * 2
     if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
         raise TypeError(f"image_size must be a whole number, (H, W) or (C, H, W), got {image_size!r}")
     if len(numbers) not in (2, 3):

@@ -36,6 +36,8 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
                 f"device {device!r} does not exist: this machine shows torch {count} CUDA device(s); use 'cpu'"
             )
         return torch.device("cuda", torch.cuda.current_device() if resolved.index is None else resolved.index)
+    if resolved.type == "meta":
+        raise ValueError(f"device {device!r} cannot be used: it holds no values; use 'cpu'")
     if resolved.type != "cpu":
         try:
             torch.empty(1, device=resolved)

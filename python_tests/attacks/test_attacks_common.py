@@ -272,3 +272,13 @@ def test_prepare_works_once_per_seed_and_size(make_set: MakeSet, monkeypatch: py
     attack.prepare(make_set(10), 10, seed=1)
     attack.prepare(make_set(10, size=16), 10, seed=1)
     assert fits == [(0, 32), (1, 32), (1, 16)]
+
+
+def test_what_is_no_image_set_or_an_empty_one_is_named(make_set: MakeSet) -> None:
+    attack, data = attacks.create("badnets"), make_set(20)
+    with pytest.raises(TypeError, match="train must be an ImageSet, got Tensor"):
+        attack.poison(data.images)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="test must be an ImageSet, got Tensor"):
+        attack.backdoor_test(data.images)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="train must hold at least one image, got an empty set"):
+        attack.poison(data[:0])

@@ -75,7 +75,9 @@ def test_grid_has_no_transparent_cell() -> None:
 def test_a_mask_makes_black_possible(tmp_path: Path) -> None:
     images = torch.full((2, 3, 32, 32), 200, dtype=torch.uint8)
     black = torch.zeros(3, 32, 32, dtype=torch.uint8)
-    assert torch.equal(BadNets.with_trigger(black).trigger(images), images)
+    dot = black.clone()
+    dot[0, 0, 0] = 255
+    assert int((BadNets.with_trigger(dot).trigger(images) != images).sum()) == 2, "without one, black is transparent"
     mask = torch.zeros(32, 32)
     mask[:4, :4] = 1
     out = BadNets.with_trigger(black, mask).trigger(images)
@@ -111,3 +113,15 @@ def test_bad_triggers(tmp_path: Path, make_set: MakeSet) -> None:
         BadNets.with_trigger(torch.zeros(3, 32, 32, dtype=torch.uint8), torch.zeros(16, 16))
     with pytest.raises(ValueError, match=r"the pattern is \(3, 16, 16\), but the images are \(3, 32, 32\)"):
         BadNets.with_trigger(torch.ones(3, 16, 16, dtype=torch.uint8)).poison(data)
+
+
+def test_a_mask_that_is_no_tensor_is_named() -> None:
+    with pytest.raises(TypeError, match="mask must be a tensor or None, got list"):
+        BadNets.with_trigger(torch.full((3, 32, 32), 255, dtype=torch.uint8), [1.0])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mask", [None, torch.zeros(32, 32)])
+def test_a_trigger_that_changes_nothing_is_an_error(mask: Tensor | None) -> None:
+    black = BadNets.with_trigger(torch.zeros(3, 32, 32, dtype=torch.uint8), mask)
+    with pytest.raises(ValueError, match="badnets: the trigger changes nothing, its mask is 0 everywhere"):
+        black.trigger(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))

@@ -76,6 +76,7 @@ class TestBuild:
             ({"image_size": 0}, ValueError, "must be positive, got 0"),
             ({"image_size": (1, 2, 3, 4)}, ValueError, r"image_size must be a whole number, \(H, W\) or \(C, H, W\)"),
             ({"image_size": (16.0, 16)}, TypeError, "image_size must be a whole number"),
+            ({"image_size": 32.5}, TypeError, r"image_size must be a whole number, .* got 32\.5"),
             ({"image_size": (1, 16, 16), "in_channels": 3}, ValueError, "in_channels must be that of image_size"),
             ({"pretrained": True}, ValueError, "pretrained must be False: there are no ImageNet weights for small_cnn"),
         ],
