@@ -22,7 +22,21 @@ Settings = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto: a GPU if there is one.")]
+
+
+def _check_device(name: str) -> str:
+    """Before anything is done: a result that is there already would be shown whatever the device."""
+    if name not in ("auto", "cpu"):
+        from bbfast.training.device import resolve_device
+
+        try:
+            resolve_device(name)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return name
+
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto: a GPU if there is one.", callback=_check_device)]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout instead of a table.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Do the work again even if its result is there.")]
 

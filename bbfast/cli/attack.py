@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bbfast.cli._frame import command, emit_json, note, screen, usage
+from bbfast.cli._frame import UsageFailure, command, emit_json, note, screen, usage
 from bbfast.cli._options import Device, Fresh, Json, Seed, Settings, merge_settings, parse_settings
 
 __all__ = ["register"]
@@ -72,6 +72,7 @@ def register(app: typer.Typer) -> None:
         from bbfast import attacks, datasets, models
         from bbfast.cli.stages import attack_stage, recipe_for
         from bbfast.cli.tables import show_results
+        from bbfast.errors import ConfigError
         from bbfast.report.run_page import attack_row
         from bbfast.store import Store
 
@@ -81,10 +82,13 @@ def register(app: typer.Typer) -> None:
             method = attacks.create(name, **merge_settings(named, parse_settings(settings)))
             changed = merge_settings(changes, parse_settings(recipe, "--recipe"), "--recipe")
             recipe_for(method, preset, dataset, model).replace(**changed)
-            for kind, known, wanted in (("data set", datasets, dataset), ("model", models, model)):
-                _check_name(kind, wanted, known.available())
+            datasets.info(dataset)
+            models.info(model)
             options = parse_settings(data, "--data") | ({"download": True} if download else {})
-        pair = datasets.load(dataset, root, **options)
+        try:
+            pair = datasets.load(dataset, root, **options)
+        except ConfigError as error:
+            raise UsageFailure(str(error)) from error
         made = attack_stage(
             Store(out.expanduser()),
             method,
@@ -105,10 +109,3 @@ def register(app: typer.Typer) -> None:
             return
         show_results([attack_row(made.result, made.reused)], f"{method.name} on {pair.name}, {model}")
         screen().print(f"Result: {made.folder}", markup=False, soft_wrap=True)
-
-
-def _check_name(kind: str, name: str, known: list[str]) -> None:
-    from bbfast.errors import UnknownNameError
-
-    if name not in known:
-        raise UnknownNameError(kind, name, known)

@@ -79,7 +79,7 @@ def locate(path: Path) -> Path:
         ArtifactError: if nothing, or more than one result, is meant; the reader of the folder says so for the first.
     """
     from bbfast import artifact
-    from bbfast.errors import ArtifactError, UnknownNameError
+    from bbfast.errors import ArtifactError, UnknownNameError, nearest
     from bbfast.store import Store
 
     path = path.expanduser()
@@ -89,4 +89,6 @@ def locate(path: Path) -> Path:
         return Store(path.parent).find(path.name)
     except UnknownNameError as error:
         # `find` looks names up; to the user it is a folder that is not there.
-        raise ArtifactError(str(error)) from None
+        close = nearest(path.name, error.known)
+        hint = f"did you mean {', '.join(close)}?" if close else "give the folder that was printed when it was made"
+        raise ArtifactError(f"no result at {path}: there is no such folder; {hint}") from None

@@ -85,14 +85,19 @@ def _attack(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _defense(folder: Path, attack: Path | None, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    from bbfast._hashing import sha256_json
     from bbfast.attacks import AttackResult
-    from bbfast.cli.stages import find_attack
+    from bbfast.cli.stages import find_attack, identity
     from bbfast.defenses import DefenseResult
+    from bbfast.errors import ArtifactError
     from bbfast.store import Store
 
     result = DefenseResult.load(folder)
     found = find_attack(Store(folder.parent), result.config) if attack is None else locate(attack)
-    return result.metrics, _judged(result, AttackResult.load(found), device)
+    attacked = AttackResult.load(found)
+    if sha256_json(identity(attacked.config)) != sha256_json(identity(result.config["attack"])):
+        raise ArtifactError(f"the defense in {folder} was run on another attack than {found}; give that one's folder")
+    return result.metrics, _judged(result, attacked, device)
 
 
 def _judged(result: DefenseResult, attack: AttackResult, device: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bbfast._config import MethodConfig
-from bbfast.cli._frame import UsageFailure, command, emit_json, screen, usage
+from bbfast.cli._frame import command, emit_json, screen, usage
 from bbfast.cli._options import Json
 from bbfast.cli.listing import Kind, describe, names
 from bbfast.errors import UnknownNameError
@@ -95,13 +95,11 @@ def _canonical(kind: str, name: str) -> str:
     known = names(kind)
     if name in known:
         return name
-    if kind in ("attacks", "defenses"):
-        # `create` knows the aliases, and what else is close to a name that does not exist.
-        made = importlib.import_module(f"bbfast.{kind}").create(name)
-        return str(made.name)
-    raise UsageFailure(
-        str(UnknownNameError({"datasets": "data set", "models": "model"}.get(kind, "analysis tool"), name, known))
-    )
+    info = getattr(importlib.import_module(f"bbfast.{kind}"), "info", None) if known else None
+    if callable(info):
+        # It knows the aliases, and what else is close to a name that does not exist.
+        return str(info(name)["name"])
+    raise UnknownNameError("analysis tool", name, known)
 
 
 def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:

@@ -83,7 +83,8 @@ def test_settings_show_type_range_and_default() -> None:
 
 
 def test_info_takes_aliases_and_offers_the_nearest_name() -> None:
-    assert json.loads(_run("info", "attacks", "badnet", "--json").stdout)["name"] == "badnets"
+    for kind, alias, name in (("attacks", "badnet", "badnets"), ("datasets", "tiny", "tiny_imagenet")):
+        assert json.loads(_run("info", kind, alias, "--json").stdout)["name"] == name
     for kind, name, near in (
         ("attacks", "badnts", "badnets"),
         ("defenses", "strp", "strip"),

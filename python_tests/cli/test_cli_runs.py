@@ -136,6 +136,18 @@ def test_evaluate_finds_the_recorded_figures(which: str, request: pytest.Fixture
     assert "c_acc" in _run("evaluate", made["folder"]).stdout
 
 
+def test_a_wrong_device_is_refused_though_the_result_is_there(attacked: Mapping[str, Any]) -> None:
+    for command in (("defend", "ft", "--attack"), ("evaluate",)):
+        result = _run(*command, attacked["folder"], "--device", "toaster")
+        assert result.exit_code == 2 and "toaster" in result.stderr
+
+
+def test_evaluate_refuses_another_attack(defended: Mapping[str, Any], tmp_path: Path) -> None:
+    other = _json(_run("attack", "badnets", *QUICK[:-1], "0", "--out", tmp_path, "--json"))
+    result = _run("evaluate", defended["folder"], "--attack", other["folder"])
+    assert result.exit_code == 1 and "was run on another attack" in result.stderr and result.stdout == ""
+
+
 def test_evaluate_fails_when_the_figures_are_others(
     attacked: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +183,9 @@ def test_comparison() -> None:
         (("badnets", "--epochs", "-1"), "epochs: "),
         (("badnets", "--seed", "-1"), "--seed"),
         (("badnets", "--epochs", "many"), "--epochs"),
+        (("badnets", "--device", "toaster"), "toaster"),
+        (("badnets", "--device", "meta"), "meta"),
+        (("badnets", "--data", "paddin=1"), "unknown setting 'paddin'; did you mean padding"),
         ((), "Missing argument"),
     ],
 )
@@ -189,7 +204,6 @@ def test_wrong_usage_of_attack(arguments: tuple[str, ...], message: str, tmp_pat
         (("--label-mode", "clean_label", "--ratio", "0.5"), "clip_to_class"),
         (("--dataset", "cifar10", "--root", "nowhere"), "nowhere"),
         (("--dataset", "npz", "--root", "nowhere.npz"), "nowhere.npz"),
-        (("--device", "toaster"), "toaster"),
     ],
 )
 def test_what_does_not_fit_fails_in_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
@@ -210,6 +224,7 @@ def test_a_store_that_is_a_file(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_result(command: tuple[str, ...], tmp_path: Path) -> None:
     missing = _run(*command, tmp_path / "nothing-here")
     empty = _run(*command, tmp_path)
+    assert "nothing-here: there is no such folder" in missing.stderr
     for result in (missing, empty):
         assert result.exit_code == 1 and str(tmp_path) in result.stderr and result.stderr.startswith("error: ")
 
