@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,6 +121,20 @@ class BadNets(Attack):
             else {"tensors": content_hash(dict(zip(("pattern", "mask"), self._own, strict=True)))}
         )
         return super().files() | own
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        super().load_state(tensors)
+        assert self.image_size is not None
+        loaded = self.tensors["pattern"], self.tensors["mask"]
+        if self.config.pattern_path is not None:
+            return
+        # The settings do not tell of tensors given to with_trigger; what they do not draw was given.
+        try:
+            given = not all(map(torch.equal, loaded, self._from_settings(self.image_size)))
+        except ValueError:
+            given = True
+        if given:
+            self._own = loaded
 
     def fit(self, data: ImageSet, num_classes: int, seed: int, context: AttackContext | None) -> dict[str, Tensor]:
         pattern, mask = self._own or self._from_settings(data.image_size)

@@ -125,3 +125,23 @@ def test_a_trigger_that_changes_nothing_is_an_error(mask: Tensor | None) -> None
     black = BadNets.with_trigger(torch.zeros(3, 32, 32, dtype=torch.uint8), mask)
     with pytest.raises(ValueError, match="badnets: the trigger changes nothing, its mask is 0 everywhere"):
         black.trigger(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_a_trigger_of_tensors_outlives_saving(make_set: Callable[..., ImageSet]) -> None:
+    """Another seed, and what the store finds a result by, must not fall back to the square of the settings."""
+    pattern = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    pattern[:, :5, :5] = 200
+    given = BadNets.with_trigger(pattern)
+    given.prepare(make_set(20), seed=0)
+    loaded = BadNets(given.config)
+    loaded.load_state(given.state())
+    assert loaded.files() == given.files() != {}
+    poisoned = loaded.poison(make_set(20), seed=1)
+    assert bool((poisoned.images[poisoned.poisoned][:, :, :5, :5] == 200).all())
+
+    square = BadNets()
+    square.prepare(make_set(20), seed=0)
+    loaded = BadNets()
+    loaded.load_state(square.state())
+    assert loaded.files() == {}
+    loaded.poison(make_set(20, size=16), seed=1)
