@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bbfast import _atomic
-from bbfast._hashing import from_json, sha256_file, sha256_json
+from bbfast._hashing import from_json, sha256_file
 from bbfast.errors import ArtifactError, CorruptArtifactError, NewerFormatError
 
 __all__ = ["FORMAT_VERSION", "LOG", "MANIFEST", "TENSORS", "Artifact", "manifest_checksum", "read", "read_manifest"]
@@ -106,8 +106,14 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of everything in a manifest but its ``checksum``. This rule holds for every format version."""
-    return sha256_json({key: value for key, value in manifest.items() if key != "checksum"})
+    """SHA-256 of everything in a manifest (JSON values) but its ``checksum``; this rule holds for every format version.
+
+    Raises:
+        ValueError: if there is a NaN or an infinity, which no writer puts there.
+    """
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def _read_at(place: Path, folder: Path, kind: str | None, verify: bool | Literal["lazy"]) -> Artifact:
@@ -162,12 +168,12 @@ def _identity(place: Path) -> tuple[int, int] | None:
 def _read_manifest(place: Path) -> dict[str, Any]:
     path = place / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(path.read_bytes(), parse_constant=_no_constant)
     except (FileNotFoundError, NotADirectoryError):
         raise _no_manifest(place) from None
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror}; check the folder and the disk") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptArtifactError(f"{path} is damaged: not JSON ({error}); {_REMOVE}") from None
     if not isinstance(manifest, dict) or "format_version" not in manifest:
         raise CorruptArtifactError(f"{path} is damaged: no format version; {_REMOVE}")
@@ -177,15 +183,25 @@ def _read_manifest(place: Path) -> dict[str, Any]:
             f"{place} has format {version}, this bbfast reads up to {FORMAT_VERSION}; it was written by bbfast"
             f" {manifest.get('bbfast')}: update bbfast (pip install --upgrade bbfast)"
         )
-    if manifest.get("checksum") != manifest_checksum(manifest):
+    try:
+        whole = manifest.get("checksum") == manifest_checksum(manifest)
+    except ValueError:  # 1e400 is an infinity too
+        whole = False
+    if not whole:
         raise _mismatch(path)
     if not _well_formed(manifest):
         raise CorruptArtifactError(f"{path} is damaged: an entry is missing or has the wrong type; {_REMOVE}")
     return manifest
 
 
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
 def _well_formed(manifest: Mapping[str, Any]) -> bool:
     files = manifest.get("files")
+    if type(manifest["format_version"]) is not int or manifest["format_version"] < 1:
+        return False
     if not isinstance(manifest.get("kind"), str) or not isinstance(files, dict):
         return False
     # A name with a separator would read outside the folder.

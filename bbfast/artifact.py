@@ -135,7 +135,7 @@ def _manifest(temp: Path, kind: str, meta: Any) -> bytes:
         "files": files,
     }
     manifest["checksum"] = manifest_checksum(manifest)
-    return _document(manifest, "manifest")
+    return (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _write_tensors(path: Path, named: dict[str, Tensor]) -> None:

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bbfast import _atomic, artifact
+from bbfast._artifact_read import manifest_checksum
 from bbfast._hashing import from_json, to_json
 from bbfast.errors import ArtifactError, CorruptArtifactError, NewerFormatError
 
@@ -383,6 +384,16 @@ class TestDamage:
         with pytest.raises(CorruptArtifactError, match=r"config\.json"):
             artifact.read(a)
 
+    @pytest.mark.parametrize("version", ["1", True, 0, None])
+    def test_a_format_version_is_a_number_from_1(self, tmp_path: Path, version: Any) -> None:
+        folder = write_sample(tmp_path / "result")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["format_version"] = version
+        manifest["checksum"] = manifest_checksum(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(CorruptArtifactError, match=r"manifest\.json is damaged"):
+            artifact.read(folder)
+
     def test_newer_format(self, tmp_path: Path) -> None:
         folder = write_sample(tmp_path / "a")
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -391,7 +402,13 @@ class TestDamage:
         with pytest.raises(NewerFormatError, match=r"format 2.*up to 1.*bbfast 9\.0.*update"):
             artifact.read(folder)
 
-    @pytest.mark.parametrize("text", ["[]", "{}", "null", "3", '{"format_version": 1}', "\xff"])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            *("[]", "{}", "null", "3", '{"format_version": 1}', "\xff", "[" * 50_000),
+            *('{"format_version": 1, "$float": "nan"}', '{"format_version": NaN}', '{"format_version": 1e400}'),
+        ],
+    )
     def test_a_manifest_of_something_else(self, tmp_path: Path, text: str) -> None:
         (tmp_path / "manifest.json").write_text(text, encoding="latin-1")
         with pytest.raises(CorruptArtifactError, match=r"manifest\.json is damaged"):
@@ -567,3 +584,9 @@ class TestStale:
         folder.mkdir()
         os.utime(folder, (time.time() + 10**6,) * 2)
         assert _atomic.remove_stale(tmp_path, min_age=60, max_age=3600) == []
+
+
+def test_meta_may_hold_floats_that_json_cannot_write(tmp_path: Path) -> None:
+    folder = write_sample(tmp_path / "result", meta={"loss": math.nan, "best": math.inf})
+    meta = from_json(artifact.read(folder).manifest["meta"])
+    assert math.isnan(meta["loss"]) and meta["best"] == math.inf
