@@ -16,6 +16,7 @@ from bbfast.ops import _check, _native
 from bbfast.ops._dct import check_window
 from bbfast.ops._layout import empty_result, result_format
 from bbfast.ops._rounding import unselected
+from bbfast.ops._ycrcb import from_ycrcb, to_ycrcb
 
 __all__ = ["spectral_add", "spectral_add_reference"]
 
@@ -131,11 +132,11 @@ def _compute(images: Tensor, plan: _Plan, where: Tensor | None) -> Tensor:
     _check.finite("spectral_add", "images", images)
     height, width = images.shape[2:]
     tile = plan.pattern.repeat(height // plan.pattern.shape[0], width // plan.pattern.shape[1])
-    x = torch.stack(_to_ycrcb(*images.int().unbind(1)), 1) if plan.ycrcb else images
+    x = torch.stack(to_ycrcb(*images.int().unbind(1)), 1) if plan.ycrcb else images
     added = x.to(tile.dtype) + torch.stack([gain * tile for gain in plan.gains])
     out = _to_bytes(added, plan.to_byte) if images.dtype == torch.uint8 else added.to(images.dtype)
     if plan.ycrcb:
-        out = _from_ycrcb(*out.int().unbind(1))
+        out = from_ycrcb(*out.int().unbind(1))
     return unselected(out, images, where).contiguous(memory_format=result_format(images))
 
 
@@ -144,26 +145,6 @@ def _to_bytes(value: Tensor, to_byte: int) -> Tensor:
         return value.clamp(-(2.0**24), 2.0**24).trunc().remainder(256).to(torch.uint8)
     whole = value.round() if _ROUNDINGS[to_byte] == "nearest" else value.trunc()
     return whole.clamp(0, 255).to(torch.uint8)
-
-
-def _descale(value: Tensor) -> Tensor:
-    return (value + (1 << 13)) >> 14
-
-
-def _to_ycrcb(r: Tensor, g: Tensor, b: Tensor) -> list[Tensor]:
-    """8-bit RGB to YCrCb in fixed point with 14 bits of fraction, as OpenCV."""
-    y = _descale(4899 * r + 9617 * g + 1868 * b)
-    cr = _descale(11682 * (r - y)) + 128
-    cb = _descale(9241 * (b - y)) + 128
-    return [y, cr.clamp(0, 255), cb.clamp(0, 255)]
-
-
-def _from_ycrcb(y: Tensor, cr: Tensor, cb: Tensor) -> Tensor:
-    cr, cb = cr - 128, cb - 128
-    r = y + _descale(22987 * cr)
-    g = y + _descale(-11698 * cr - 5636 * cb)
-    b = y + _descale(29049 * cb)
-    return torch.stack((r, g, b), 1).clamp(0, 255).to(torch.uint8)
 
 
 def _prepare(
