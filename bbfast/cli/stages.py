@@ -154,9 +154,10 @@ def victim(model: str, data: DataPair, seed: int) -> nn.Module:
     import torch
 
     from bbfast import models
+    from bbfast.data.loader import derive_seed
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(derive_seed("model", seed))
         return models.build(model, data.num_classes, data.image_size, pretrained=True)
 
 

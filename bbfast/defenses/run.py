@@ -22,7 +22,7 @@ from bbfast.defenses.features import FeatureCache
 from bbfast.defenses.holdout import StreamTruth, draw_holdout, draw_reserve, make_stream, without_ids
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.view import DataFacts, DefenderView, Grants, Stream, private_copy
-from bbfast.errors import DataRequirementError, UnsupportedModelError
+from bbfast.errors import DataRequirementError, UnknownNameError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from bbfast.attacks.result import AttackResult
@@ -118,6 +118,8 @@ def defend(
     if cache is not None:
         cache.put(attack.model, population.draws, view.computed_features())
     result.info.setdefault("data_used", list(view.used))
+    if "poisoned_train" in view.used and _changed_every_epoch(attack):
+        result.info["static_snapshot"] = True
     result.config = _config(defense, attack, view, clean_fraction, target)
     # The ground truth has the last word: a figure of that name from the defense itself is only its own opinion.
     result.metrics = {**result.metrics, **judge(result, attack, population, target)}
@@ -219,6 +221,16 @@ def _granted(images: ImageSet, facts: DataFacts, device: torch.device) -> ImageS
         std=facts.std,
         ids=torch.arange(len(images), device=device),
     )
+
+
+def _changed_every_epoch(attack: AttackResult) -> bool:
+    """Whether the attack poisoned each batch anew, so that its training set is one draw of many: a defense that trains
+    on it has an easier task than the attacked model's training was (the result says so)."""
+    try:
+        method = attack.attack()
+    except (KeyError, UnknownNameError):  # from elsewhere, or its package is not installed
+        return False
+    return method.program(method.rule(attack.original_labels, int(attack.config["data"]["num_classes"]))) is not None
 
 
 def _facts(attack: AttackResult) -> DataFacts:

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from bbfast import defenses
+from bbfast import DataPair, ImageSet, Recipe, attack, defenses
 from bbfast.attacks.result import AttackResult
 from bbfast.defenses import Defense, DefenseCard, DefenseConfig, DefenseResult
 from bbfast.defenses._measure import peak_memory
@@ -51,6 +51,27 @@ def test_a_defense_that_does_nothing_scores_a_half(toy_attack: MakeAttack) -> No
     assert metrics["seconds"] == result.seconds > 0 and metrics["peak_memory_bytes"] >= 0
     assert result.info["data_used"] == ["model"]
     assert result.config["defense"] == "probe" and result.config["seed"] == 0
+
+
+@pytest.mark.parametrize(("name", "snapshot"), [("wanet", True), ("badnets", False)])
+def test_a_training_set_that_changed_every_epoch_is_called_a_snapshot(name: str, snapshot: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    sets = [
+        ImageSet(torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8, generator=g), torch.arange(n) % 4)
+        for n in (40, 20)
+    ]
+    attacked = attack(name, DataPair(*sets, name="toy"), "small_cnn", Recipe(epochs=1, batch_size=20), device="cpu")
+
+    def look(view: DefenderView) -> DefenseResult:
+        return DefenseResult("detection", scores=view.poisoned_train.labels.float())
+
+    def look_away(view: DefenderView) -> DefenseResult:
+        return DefenseResult("mitigation", model=view.model)
+
+    seen = defenses.defend(defense_with(look, "poisoned_train", kind="detection"), attacked, device="cpu")
+    assert seen.info.get("static_snapshot", False) is snapshot
+    unseen = defenses.defend(defense_with(look_away, "model"), attacked, device="cpu")
+    assert "static_snapshot" not in unseen.info
 
 
 def test_the_baseline_is_of_the_same_images(toy_attack: MakeAttack) -> None:

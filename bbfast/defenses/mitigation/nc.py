@@ -42,7 +42,7 @@ class NCConfig(FinetuneConfig):
         early_stop_threshold: A new size below this part of the best one counts as progress.
         early_stop_patience: Passes without progress after which a class is finished.
         inversion_epochs: Passes over the hold-out at most.
-        norm_p: Norm of the mask in the loss, 1 or 2. Sizes are compared in L1 whatever it is.
+        norm_p: Norm of the mask in the loss and between passes, 1 or 2; the anomaly index is of L1 sizes anyhow.
         anomaly_threshold: Anomaly index above which a small trigger is a backdoor.
         median: Median of an even number of sizes: the ``average`` of the middle two, or the ``lower`` one as in torch
             and in the reference.
