@@ -49,16 +49,9 @@ __device__ __forceinline__ Source source_of(const uint8_t* images, const int64_t
   return source;
 }
 
-__device__ __forceinline__ uint8_t pixel_of(const Source& source, const GatherShape& s, int64_t c, int64_t y,
-                                            int64_t x) {
-  const int64_t row = y + source.top;
-  const int64_t column = (source.flip ? s.width - 1 - x : x) + source.left;
-  const bool inside = row >= 0 && row < s.height && column >= 0 && column < s.width;
-  return inside ? source.image[c * s.channel_step + row * s.row_step + column * s.column_step] : uint8_t{0};
-}
-
-// A thread computes V neighbouring elements of the result. It finds the place of the first by division and walks to the
-// others. With `kTable` a block first fills a table of the 256 values of every channel, and then works on many pieces.
+// A thread computes V neighbouring elements of a row of the result; V divides the row. It finds the place of the first
+// by division and walks to the others. With `kTable` a block first fills a table of the 256 values of every channel,
+// and then works on many pieces.
 template <class O, class C, int V, bool kTable>
 __global__ void __launch_bounds__(kThreads)
     gather_kernel(const uint8_t* __restrict__ images, const int64_t* __restrict__ index,
@@ -78,30 +71,33 @@ __global__ void __launch_bounds__(kThreads)
     int64_t y = 0;
     int64_t x = 0;
     if (s.channels_last) {
-      const int64_t row = divide(divide(item * V, s.channels, &c), s.width, &x);
-      b = divide(row, s.height, &y);
+      const int64_t line = divide(divide(item * V, s.channels, &c), s.width, &x);
+      b = divide(line, s.height, &y);
     } else {
       const int64_t plane = divide(divide(item * V, s.width, &x), s.height, &y);
       b = divide(plane, s.channels, &c);
     }
-    Source source = source_of(images, index, offset, flip, s, b);
+    const Source source = source_of(images, index, offset, flip, s, b);
+    const int64_t row = y + source.top;
+    const bool row_inside = row >= 0 && row < s.height;
+    const int64_t step = source.flip ? -1 : 1;
+    int64_t column = (source.flip ? s.width - 1 - x : x) + source.left;
+    int64_t at = c * s.channel_step + row * s.row_step + column * s.column_step;
+    // To the next pixel, from the last channel to the first where channels are neighbours.
+    const int64_t across = step * s.column_step - (s.channels_last ? (s.channels - 1) * s.channel_step : 0);
     Pack<O, V> pack;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      const uint8_t v = pixel_of(source, s, c, y, x);
+      const bool inside = row_inside && column >= 0 && column < s.width;
+      const uint8_t v = inside ? source.image[at] : uint8_t{0};
       pack.v[j] = kTable ? table[c * 256 + v] : value_of<O>(v, scale, c);
-      if (j + 1 == V) break;
-      const int64_t sample = b;
-      if (s.channels_last) {
-        if (++c == s.channels) c = 0, ++x;
-        if (x == s.width) x = 0, ++y;
-        if (y == s.height) y = 0, ++b;
+      if (s.channels_last && ++c < s.channels) {
+        at += s.channel_step;
       } else {
-        if (++x == s.width) x = 0, ++y;
-        if (y == s.height) y = 0, ++c;
-        if (c == s.channels) c = 0, ++b;
+        if (s.channels_last) c = 0;
+        column += step;
+        at += across;
       }
-      if (b != sample) source = source_of(images, index, offset, flip, s, b);
     }
     store_pack<V>(out + item * V, pack);
   }
@@ -132,9 +128,12 @@ void gather_augment_cuda(const uint8_t* images, const int64_t* index, const int6
     scale.std[c] = std[c];
   }
   constexpr int kWide = 16 / sizeof(O) < 8 ? 16 / sizeof(O) : 8;
-  const int64_t total = shape.count * shape.channels * shape.height * shape.width;
-  if (total % kWide == 0 && aligned(out)) {
+  constexpr int kNarrow = kWide < 4 ? kWide : 4;
+  const int64_t row = shape.channels_last ? shape.width * shape.channels : shape.width;
+  if (row % kWide == 0 && aligned(out)) {
     launch<O, C, kWide>(images, index, offset, flip, out, shape, scale, stream);
+  } else if (row % kNarrow == 0 && aligned(out)) {
+    launch<O, C, kNarrow>(images, index, offset, flip, out, shape, scale, stream);
   } else {
     launch<O, C, 1>(images, index, offset, flip, out, shape, scale, stream);
   }
