@@ -113,7 +113,7 @@ template <class T>
 void channel_stats_cpu(const T* activations, const int64_t* labels, OldStats old, NewStats out, StatsShape shape,
                        ParallelFor parallel) {
   const int64_t channels = shape.channels;
-  const bool inner = shape.channels_inner || shape.positions == 1;
+  const bool inner = shape.channels_inner;
   const bool planes = !inner && shape.positions >= kLongPlane;
   const int64_t sample_step = channels * shape.positions;
   const ClassGroups groups(labels, shape.samples, shape.classes);

@@ -163,13 +163,36 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A thread joins the earlier samples and this batch's pieces of one channel of one class, in order.
+__device__ __forceinline__ Part from_lane(const Part& p, int other, int width) {
+  constexpr unsigned kAll = 0xFFFFFFFFu;
+  return {__shfl_xor_sync(kAll, p.count, other, width),   __shfl_xor_sync(kAll, p.mean, other, width),
+          __shfl_xor_sync(kAll, p.scatter, other, width), __shfl_xor_sync(kAll, p.absolute, other, width),
+          __shfl_xor_sync(kAll, p.low, other, width),     __shfl_xor_sync(kAll, p.high, other, width)};
+}
+
+// A group of `width` lanes (a power of two up to a warp) joins this batch's pieces of one channel of one class, each
+// lane every `width`th, then the lanes two by two; the first one joins the result with the earlier samples.
 __global__ void __launch_bounds__(kThreads)
-    join_kernel(StatsScratch scratch, OldStats old, NewStats out, StatsShape s, bool labelled) {
+    join_kernel(StatsScratch scratch, OldStats old, NewStats out, StatsShape s, bool labelled, int width) {
   const int64_t plane = s.classes * s.channels;
-  for (int64_t i = first_item(); i < plane; i += item_stride()) {
-    const int64_t k = i / s.channels;
-    const int64_t c = i - k * s.channels;
+  const int lane = threadIdx.x & (width - 1);
+  const int64_t groups = item_stride() / width;
+  // All lanes of a warp take part in the shuffles: the loop runs until the warp's last group is done.
+  const int64_t warp_first = (first_item() / 32) * 32 / width;
+  for (int64_t base = warp_first, i = first_item() / width; base < plane; base += groups, i += groups) {
+    const bool valid = i < plane;
+    const int64_t k = (valid ? i : base) / s.channels;
+    const int64_t c = (valid ? i : base) - k * s.channels;
+    Part batch = no_values();
+    for (int64_t p = lane; p < scratch.pieces; p += width) {
+      const Piece piece = piece_of(scratch, s, labelled, k, p);
+      const double* from = scratch.parts + (k * scratch.pieces + p) * kStatsPlanes * s.channels + c;
+      batch = join(batch, Part{static_cast<double>((piece.end - piece.begin) * s.positions), from[kMean * s.channels],
+                               from[kVar * s.channels], from[kAbsMean * s.channels], from[kLow * s.channels],
+                               from[kHigh * s.channels]});
+    }
+    for (int other = width / 2; other > 0; other /= 2) batch = join(batch, from_lane(batch, other, width));
+    if (!valid || lane != 0) continue;
     Part all = no_values();
     const int64_t before = old.count != nullptr && old.count[i] > 0 ? old.count[i] : 0;
     if (before > 0) {
@@ -181,13 +204,7 @@ __global__ void __launch_bounds__(kThreads)
              old.values[kLow * plane + i],
              old.values[kHigh * plane + i]};
     }
-    for (int64_t p = 0; p < scratch.pieces; ++p) {
-      const Piece piece = piece_of(scratch, s, labelled, k, p);
-      const double* from = scratch.parts + (k * scratch.pieces + p) * kStatsPlanes * s.channels + c;
-      all = join(all, Part{static_cast<double>((piece.end - piece.begin) * s.positions), from[kMean * s.channels],
-                           from[kVar * s.channels], from[kAbsMean * s.channels], from[kLow * s.channels],
-                           from[kHigh * s.channels]});
-    }
+    all = join(all, batch);
     const int64_t count = before + (labelled ? scratch.batch_count[k] : s.samples) * s.positions;
     out.count[i] = count;
     out.values[kMean * plane + i] = all.mean;
@@ -243,7 +260,9 @@ void channel_stats_cuda(const T* activations, const int64_t* labels, OldStats ol
     }
   }
   const int64_t plane = s.classes * s.channels;
-  join_kernel<<<blocks_for(plane, kThreads), kThreads, 0, stream>>>(scratch, old, out, s, labelled);
+  int width = 1;
+  while (width < 32 && width < scratch.pieces) width *= 2;
+  join_kernel<<<blocks_for(plane * width, kThreads), kThreads, 0, stream>>>(scratch, old, out, s, labelled, width);
 }
 
 #define BBFAST_STATS(T) \

@@ -41,9 +41,10 @@ inline StatsInput stats_input(const Tensor& activations, const std::optional<Ten
     return {torch::stable::contiguous(activations), {n, activations.size(2), activations.size(1), classes, true}};
   }
   const MemoryFormat format = result_format(activations);
+  const int64_t positions = activations.size(2) * activations.size(3);
+  // With one position channels are neighbours in either format.
   return {dense(activations, format),
-          {n, activations.size(1), activations.size(2) * activations.size(3), classes,
-           format == MemoryFormat::ChannelsLast}};
+          {n, activations.size(1), positions, classes, format == MemoryFormat::ChannelsLast || positions == 1}};
 }
 
 inline StatsTensors new_stats(const Tensor& like, const StatsShape& s) {
