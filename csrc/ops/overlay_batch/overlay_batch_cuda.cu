@@ -15,9 +15,17 @@ struct Channels {
   C ceiling[kOverlayMaxChannels];
 };
 
+// v / 255, correctly rounded, in float without a division: see overlay_batch_cpu.cpp.
 template <class C>
 __device__ __forceinline__ C unit(uint8_t v) {
-  return static_cast<C>(v) / C(255);
+  if constexpr (std::is_same_v<C, float>) {
+    constexpr float kHigh = 0x1.0101p-8f;
+    constexpr float kLow = static_cast<float>(1.0 / 255.0 - static_cast<double>(kHigh));
+    const float value = static_cast<float>(v);
+    return value * kHigh + value * kLow;
+  } else {
+    return static_cast<C>(v) / C(255);
+  }
 }
 template <class C>
 __device__ __forceinline__ C unit(C v) {
