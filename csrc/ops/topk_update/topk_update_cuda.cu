@@ -64,15 +64,21 @@ __global__ void __launch_bounds__(kThreads)
     T* values = out.values + (own ? column : 0) * s.kept;
     int64_t* kept_ids = out.ids + (own ? column : 0) * s.kept;
     int64_t nans = own && old.nans != nullptr ? old.nans[column] : 0;
+    const T* old_values = old.values != nullptr && own ? old.values + column * s.kept : nullptr;
+    const int64_t* old_ids = old.values != nullptr && own ? old.ids + column * s.kept : nullptr;
+    // A state that this operation made is in order and is taken as it stands; any other is inserted value by value.
+    bool ordered = true;
+    for (int64_t i = lane; old_values != nullptr && i + 1 < s.kept; i += 32) {
+      ordered = ordered && !better(load(old_values[i + 1]), old_ids[i + 1], load(old_values[i]), old_ids[i]);
+    }
+    const bool taken = __all_sync(kAll, ordered) && old_values != nullptr;
     for (int64_t i = lane; own && i < s.kept; i += 32) {
-      values[i] = store<T>(lowest);
-      kept_ids[i] = -1;
+      values[i] = taken ? old_values[i] : store<T>(lowest);
+      kept_ids[i] = taken ? old_ids[i] : -1;
     }
     __syncwarp();
-    // A state that was not made by this operation may have any order, so it is inserted like the rest.
-    for (int64_t i = 0; own && old.values != nullptr && i < s.kept; ++i) {
-      const int64_t at = column * s.kept + i;
-      if (old.ids[at] != -1) insert(values, kept_ids, s.kept, static_cast<C>(load(old.values[at])), old.ids[at], lane);
+    for (int64_t i = 0; old_values != nullptr && !taken && i < s.kept; ++i) {
+      if (old_ids[i] != -1) insert(values, kept_ids, s.kept, load(old_values[i]), old_ids[i], lane);
     }
     for (int64_t base = 0; base < s.rows; base += kRows) {
       const int64_t r = base + threadIdx.x / kColumns;
