@@ -109,6 +109,15 @@ inline unsigned blocks_for(int64_t items, int threads) {
   return static_cast<unsigned>(blocks < 1 ? 1 : (blocks < kCap ? blocks : kCap));
 }
 
+// Samples that a thread takes one after the other, where what goes with the images is the same for all: it is read and
+// its place found once. One until there are threads enough to fill a large device.
+inline int64_t samples_together(int64_t samples, int64_t packs) {
+  constexpr int64_t kFilling = 1 << 19;
+  constexpr int64_t kMost = 8;
+  const int64_t together = samples * packs / kFilling;
+  return together < 1 ? 1 : (together < kMost ? together : kMost);
+}
+
 __device__ __forceinline__ int64_t first_item() {
   return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
 }

@@ -26,25 +26,39 @@ __device__ __forceinline__ T sum(T x, D delta) {
   }
 }
 
-// A thread computes V neighbouring elements of one sample; V divides the length of a sample and the period.
+// A thread computes V neighbouring elements of `together` samples; V divides the length of a sample and the period.
 template <class T, class D, int V>
 __global__ void __launch_bounds__(kThreads)
     add_kernel(const T* __restrict__ images, const D* __restrict__ delta, const bool* __restrict__ where,
-               T* __restrict__ out, AddShape shape, int64_t packs) {
-  for (int64_t index = first_item(); index < packs; index += item_stride()) {
-    const int64_t element = index * V;
-    int64_t i = 0;
-    const int64_t n = divide(element, shape.length, &i);
-    Pack<T, V> x = load_pack<V>(images + element);
-    if (where == nullptr || where[n]) {
-      int64_t from = element;
-      if (shape.period != 0) divide(i, shape.period, &from);
-      const Pack<D, V> d = load_pack<V>(delta + from);
+               T* __restrict__ out, AddShape shape, int64_t packs, int64_t together) {
+  const int64_t groups = (shape.samples + together - 1) / together;
+  for (int64_t index = first_item(); index < groups * packs; index += item_stride()) {
+    int64_t pack = 0;
+    const int64_t first = divide(index, packs, &pack) * together;
+    const int64_t end = first + together < shape.samples ? first + together : shape.samples;
+    int64_t from = (first * packs + pack) * V;
+    if (shape.period != 0) divide(pack * V, shape.period, &from);
+    Pack<D, V> d = load_pack<V>(delta + from);
+    for (int64_t n = first; n < end; ++n) {
+      const int64_t element = (n * packs + pack) * V;
+      Pack<T, V> x = load_pack<V>(images + element);
+      if (where == nullptr || where[n]) {
+        if (shape.period == 0 && n > first) d = load_pack<V>(delta + element);
 #pragma unroll
-      for (int j = 0; j < V; ++j) x.v[j] = sum(x.v[j], d.v[j]);
+        for (int j = 0; j < V; ++j) x.v[j] = sum(x.v[j], d.v[j]);
+      }
+      store_pack<V>(out + element, x);
     }
-    store_pack<V>(out + element, x);
   }
+}
+
+template <class T, class D, int V>
+void launch(const T* images, const D* delta, const bool* where, T* out, const AddShape& shape, CudaStream stream) {
+  const int64_t packs = shape.length / V;
+  const int64_t together = samples_together(shape.samples, packs);
+  const int64_t items = (shape.samples + together - 1) / together * packs;
+  add_kernel<T, D, V>
+      <<<blocks_for(items, kThreads), kThreads, 0, stream>>>(images, delta, where, out, shape, packs, together);
 }
 
 }  // namespace
@@ -52,13 +66,10 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, class D>
 void add_cuda(const T* images, const D* delta, const bool* where, T* out, AddShape shape, CudaStream stream) {
   constexpr int kWide = 16 / sizeof(T);
-  const int64_t total = shape.samples * shape.length;
   if (shape.length % kWide == 0 && shape.period % kWide == 0 && aligned(images) && aligned(delta) && aligned(out)) {
-    const int64_t packs = total / kWide;
-    add_kernel<T, D, kWide>
-        <<<blocks_for(packs, kThreads), kThreads, 0, stream>>>(images, delta, where, out, shape, packs);
+    launch<T, D, kWide>(images, delta, where, out, shape, stream);
   } else {
-    add_kernel<T, D, 1><<<blocks_for(total, kThreads), kThreads, 0, stream>>>(images, delta, where, out, shape, total);
+    launch<T, D, 1>(images, delta, where, out, shape, stream);
   }
 }
 

@@ -18,33 +18,47 @@ __device__ __forceinline__ T mixed(T x, P p, A a) {
   }
 }
 
-// A thread computes V neighbouring elements of one plane; V divides the plane's length.
-template <class T, class P, class A, int V>
+// A thread computes V neighbouring elements of one plane, of `together` samples; V divides the plane's length. kMap: a
+// weight an element.
+template <class T, class P, class A, int V, bool kMap>
 __global__ void __launch_bounds__(kThreads)
     blend_kernel(const T* __restrict__ images, const P* __restrict__ pattern, Alpha<A> alpha,
                  const bool* __restrict__ where, T* __restrict__ out, BatchShape shape, CompanionStride ps,
-                 int64_t packs) {
-  for (int64_t index = first_item(); index < packs; index += item_stride()) {
-    const int64_t element = index * V;
+                 int64_t packs, int64_t together) {
+  const int64_t groups = (shape.samples + together - 1) / together;
+  for (int64_t index = first_item(); index < groups * packs; index += item_stride()) {
+    int64_t pack = 0;
     int64_t i = 0;
-    int64_t plane = 0;
-    const int64_t item = divide(element, shape.length, &i);
-    const int64_t n = divide(item, shape.planes, &plane);
-    Pack<T, V> x = load_pack<V>(images + element);
-    if (where == nullptr || where[n]) {
-      const Pack<P, V> p = load_pack<V>(pattern + n * ps.sample + plane * ps.plane + i);
-      if (alpha.elements != nullptr) {
-        const Pack<A, V> a = load_pack<V>(alpha.elements + i);
+    const int64_t first = divide(index, packs, &pack) * together;
+    const int64_t plane = divide(pack * V, shape.length, &i);
+    const int64_t end = first + together < shape.samples ? first + together : shape.samples;
+    const P* own = pattern + plane * ps.plane + i;
+    Pack<P, V> p = load_pack<V>(own + first * ps.sample);
+    Pack<A, kMap ? V : 1> a{alpha.number};
+    if constexpr (kMap) a = load_pack<V>(alpha.elements + i);
+    for (int64_t n = first; n < end; ++n) {
+      const int64_t element = (n * packs + pack) * V;
+      Pack<T, V> x = load_pack<V>(images + element);
+      if (where == nullptr || where[n]) {
+        if (ps.sample != 0 && n > first) p = load_pack<V>(own + n * ps.sample);
+        if (!kMap && alpha.samples != nullptr) a.v[0] = alpha.samples[n];
 #pragma unroll
-        for (int j = 0; j < V; ++j) x.v[j] = mixed(x.v[j], p.v[j], a.v[j]);
-      } else {
-        const A a = alpha.samples != nullptr ? alpha.samples[n] : alpha.number;
-#pragma unroll
-        for (int j = 0; j < V; ++j) x.v[j] = mixed(x.v[j], p.v[j], a);
+        for (int j = 0; j < V; ++j) x.v[j] = mixed(x.v[j], p.v[j], a.v[kMap ? j : 0]);
       }
+      store_pack<V>(out + element, x);
     }
-    store_pack<V>(out + element, x);
   }
+}
+
+template <class T, class P, class A, int V>
+void launch(const T* images, const P* pattern, Alpha<A> alpha, const bool* where, T* out, const BatchShape& shape,
+            CompanionStride ps, CudaStream stream) {
+  const int64_t packs = shape.planes * shape.length / V;
+  const int64_t together = samples_together(shape.samples, packs);
+  const int64_t items = (shape.samples + together - 1) / together * packs;
+  const auto kernel = alpha.elements != nullptr ? blend_kernel<T, P, A, V, true> : blend_kernel<T, P, A, V, false>;
+  kernel<<<blocks_for(items, kThreads), kThreads, 0, stream>>>(images, pattern, alpha, where, out, shape, ps, packs,
+                                                               together);
 }
 
 }  // namespace
@@ -53,14 +67,10 @@ template <class T, class P, class A>
 void blend_cuda(const T* images, const P* pattern, Alpha<A> alpha, const bool* where, T* out, BatchShape shape,
                 CompanionStride ps, CudaStream stream) {
   constexpr int kWide = 16 / sizeof(T);
-  const int64_t total = shape.samples * shape.planes * shape.length;
   if (shape.length % kWide == 0 && aligned(images) && aligned(pattern) && aligned(alpha.elements) && aligned(out)) {
-    const int64_t packs = total / kWide;
-    blend_kernel<T, P, A, kWide>
-        <<<blocks_for(packs, kThreads), kThreads, 0, stream>>>(images, pattern, alpha, where, out, shape, ps, packs);
+    launch<T, P, A, kWide>(images, pattern, alpha, where, out, shape, ps, stream);
   } else {
-    blend_kernel<T, P, A, 1>
-        <<<blocks_for(total, kThreads), kThreads, 0, stream>>>(images, pattern, alpha, where, out, shape, ps, total);
+    launch<T, P, A, 1>(images, pattern, alpha, where, out, shape, ps, stream);
   }
 }
 
