@@ -50,7 +50,8 @@ def gather_augment(
 
     Raises:
         TypeError: if a dtype does not fit.
-        ValueError: if a shape, device, ``padding``, ``mean``, ``std`` or (on the CPU) an offset does not fit.
+        ValueError: if a shape, device, ``padding``, ``mean``, ``std`` or (on the CPU) an offset does not fit, or there
+            are more than 64 channels on CUDA.
         IndexError: on the CPU, if an index lies outside ``0..M-1``. On CUDA looking would make the host wait: there
             the kernel prints the index and stops with a device-side error, as PyTorch's own indexing does, and reads
             nothing.

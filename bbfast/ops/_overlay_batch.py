@@ -58,7 +58,8 @@ def overlay_batch(
 
     Raises:
         TypeError: if a dtype does not fit.
-        ValueError: if a shape, device, ``mean``, ``std``, ``blend`` or ``alpha`` does not fit.
+        ValueError: if a shape, device, ``mean``, ``std``, ``blend`` or ``alpha`` does not fit, or there are more than
+            64 channels on CUDA.
         IndexError: on the CPU, if a pair lies outside ``images`` or ``overlays``. On CUDA looking would make the host
             wait: there the kernel prints the pair and stops with a device-side error, and reads nothing.
     """
