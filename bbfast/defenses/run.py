@@ -226,9 +226,11 @@ def _granted(images: ImageSet, facts: DataFacts, device: torch.device) -> ImageS
 def _changed_every_epoch(attack: AttackResult) -> bool:
     """Whether the attack poisoned each batch anew, so that its training set is one draw of many: a defense that trains
     on it has an easier task than the attacked model's training was (the result says so)."""
+    from bbfast import attacks
+
     try:
-        method = attack.attack()
-    except (KeyError, UnknownNameError):  # from elsewhere, or its package is not installed
+        method = attacks.create(attack.config["attack"], **attack.config["attack_config"])
+    except (KeyError, UnknownNameError):  # made by hand, or the package that brought the attack is not installed
         return False
     return method.program(method.rule(attack.original_labels, int(attack.config["data"]["num_classes"]))) is not None
 
