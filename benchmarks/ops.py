@@ -7,8 +7,8 @@ the same input; that all give the same result is checked in the same run. Bytes 
 the copy bandwidth is measured. The allocator keeps freed memory, as in training, so that nothing is timed twice over by
 page faults.
 
-    python benchmarks/ops.py [--device cpu|cuda] [--batch 512] [--repeats 20] [--only warp ...] [--no-compile] [--json
-    out.json]
+    python benchmarks/ops.py [--device cpu|cuda] [--batch 512] [--repeats 20] [--seconds 2] [--only warp ...]
+        [--no-compile] [--json out.json]
 """
 
 from __future__ import annotations
@@ -179,13 +179,15 @@ def cases(batch: int, device: torch.device) -> list[Case]:
     ]
 
 
-def measure(case: Case, device: torch.device, repeats: int, bandwidth: float, with_compile: bool) -> dict[str, Any]:
+def measure(
+    case: Case, device: torch.device, repeats: int, seconds: float, bandwidth: float, with_compile: bool
+) -> dict[str, Any]:
     """Times the operation, the reference and the compiled reference; checks that they agree."""
     native, plain = case.call(ops), case.call(reference)
     result = native(*case.arguments)
     torch.testing.assert_close(tuple(result), tuple(plain(*case.arguments)), rtol=1e-4, atol=1e-4)
-    ours = summary(repeat(lambda: native(*case.arguments), device, repeats))
-    eager = summary(repeat(lambda: plain(*case.arguments), device, repeats))
+    ours = summary(repeat(lambda: native(*case.arguments), device, repeats, seconds))
+    eager = summary(repeat(lambda: plain(*case.arguments), device, repeats, seconds))
     moved = case.bytes_moved(result)
     row = {
         "case": case.name,
@@ -201,7 +203,7 @@ def measure(case: Case, device: torch.device, repeats: int, bandwidth: float, wi
     way = None if case.backward or device.type != "cpu" else usual_way(case.op, case.arguments, case.options)
     if way is not None:
         assert way.agrees(result), f"{case.name}: {way.name} gives something else"
-        usual = summary(repeat(way.run, device, min(repeats, 5), budget=1.0))
+        usual = summary(repeat(way.run, device, min(repeats, 5), seconds))
         row |= {"field": way.name, "field_seconds": usual, "times_field": usual["median"] / ours["median"]}
     if with_compile and case.compiles and not case.backward:
         torch._dynamo.reset()
@@ -209,7 +211,7 @@ def measure(case: Case, device: torch.device, repeats: int, bandwidth: float, wi
             warnings.simplefilter("ignore")  # of the compiler, about the reference
             compiled = torch.compile(plain, dynamic=False)
             compiled(*case.arguments)
-        fast = summary(repeat(lambda: compiled(*case.arguments), device, repeats))
+        fast = summary(repeat(lambda: compiled(*case.arguments), device, repeats, seconds))
         row |= {"compiled_seconds": fast, "times_compiled": fast["median"] / ours["median"]}
     return row
 
@@ -223,6 +225,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=2.0, help="how long each way of each case is timed")
     parser.add_argument("--only", nargs="*", default=[], help="names of operations")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile of the reference")
     parser.add_argument("--json")
@@ -244,7 +247,7 @@ def main() -> None:
         if arguments.only and case.op not in arguments.only:
             continue
         with keep_freed_memory(device):
-            row = measure(case, device, arguments.repeats, bandwidth, not arguments.no_compile)
+            row = measure(case, device, arguments.repeats, arguments.seconds, bandwidth, not arguments.no_compile)
         rows.append(row)
         t = row["seconds"]
         print(
