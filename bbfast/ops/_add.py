@@ -19,8 +19,8 @@ def add(images: Tensor, delta: Tensor, where: Tensor | None = None, *, rounding:
 
     Computes ``clamp(images + delta)``, to 0..255 for uint8 and to 0..1 for float images. The exact sum of a byte and a
     float32 is rounded half to even; float images are added in float32 (float64 for float64 images). Every device gives
-    the same bits. Differentiable in ``images`` and ``delta`` when the images are floating, with the gradient of
-    ``torch.clamp``: whole where the sum lies in 0..1, ends included, and zero beyond.
+    the same bits. Differentiable in ``images`` and ``delta`` when the images are floating, with a gradient
+    that is whole where the sum lies in 0..1, ends included, and zero beyond (as ``torch.clamp``'s up to torch 2.14).
 
     Args:
         images: ``[N, C, H, W]``, uint8 or floating (then in 0..1: normalised ones would be clamped to it), any strides.
@@ -62,8 +62,16 @@ def compute(images: Tensor, delta: Tensor, where: Tensor | None, truncate: bool)
         total = images.double() + delta.double()  # exact, where delta is float32, as far as rounding can tell
         result = to_images(total, images.dtype, truncate)
     else:
-        result = (images.to(delta.dtype) + delta).clamp(0, 1).to(images.dtype)
+        result = _clamped(images.to(delta.dtype) + delta).to(images.dtype)
     return unselected(result, images, where).contiguous(memory_format=result_format(images))
+
+
+def _clamped(total: Tensor) -> Tensor:
+    """To 0..1. The gradient at the ends is written out: that of ``torch.clamp`` changed with torch 2.15."""
+    if not total.requires_grad:
+        return total.clamp(0, 1)
+    bounded = total.detach().clamp(0, 1)
+    return torch.where(total == bounded, total, bounded)
 
 
 def _prepare(images: Any, delta: Any, where: Any, rounding: str) -> tuple[Tensor, Tensor | None, bool]:
