@@ -14,6 +14,14 @@ settings.register_profile("bbfast", derandomize=True, deadline=None)
 settings.load_profile("bbfast")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is kept in, or found in, the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BBFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB; skips where it cannot be mounted, which takes root."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from bbfast.attacks.base import Attack, AttackConfig, AttackContext, register_attack, registry
+from bbfast.attacks.base import Attack, AttackConfig, register_attack, registry
 from bbfast.attacks.card import Card
 from bbfast.attacks.poisoning import LabelRule, PoisonedSet, Role
+from bbfast.attacks.prerequisites import AttackContext
 from bbfast.attacks.result import AttackResult
 from bbfast.attacks.run import attack
 

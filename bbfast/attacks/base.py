@@ -20,8 +20,9 @@ from bbfast._config import build_config
 from bbfast._registry import Registry
 from bbfast.attacks._picture import file_digest
 from bbfast.attacks.card import Card
-from bbfast.attacks.config import AttackConfig, AttackContext
+from bbfast.attacks.config import AttackConfig
 from bbfast.attacks.poisoning import LabelRule, PoisonedSet, Role, check_seed, draw_index, poison_count
+from bbfast.attacks.prerequisites import AttackContext, default_context
 from bbfast.data.imageset import BackdoorSet, ImageSet
 from bbfast.errors import ConfigError, DataRequirementError
 from bbfast.training.program import Program
@@ -70,6 +71,10 @@ class Attack(ABC):
         Config: Settings class.
         fits_data: True if the trigger is made from the training images, not from their size alone;
             :meth:`prepare` must then see the training set before the trigger can be used.
+        needs_context: True if the trigger has prerequisites; :meth:`fit` then always gets a context. Implies
+            ``fits_data``.
+        selects_after_fit: True if :meth:`select` reads what :meth:`fit` made (it is called before too, to check the
+            settings).
         learns_trigger: True if training changes the trigger; the backdoor test set is then made after training.
 
     Raises:
@@ -80,7 +85,13 @@ class Attack(ABC):
     card: ClassVar[Card]
     Config: ClassVar[type[AttackConfig]] = AttackConfig
     fits_data: ClassVar[bool] = False
+    needs_context: ClassVar[bool] = False
+    selects_after_fit: ClassVar[bool] = False
     learns_trigger: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.fits_data = cls.fits_data or cls.needs_context
 
     def __init__(self, config: AttackConfig | None = None, **settings: Any) -> None:
         owner = self.name or type(self).__name__
@@ -200,13 +211,18 @@ class Attack(ABC):
             data: The training set.
             num_classes: K; None takes the largest label + 1.
             seed: Seed of the attack.
-            context: For attacks with prerequisites.
+            context: Where prerequisites are made and kept. None, for an attack that has some: PreAct-ResNet18 and the
+                paper's recipe, unless the settings name another surrogate, kept in the user's cache folder. That may
+                train a network for hours without a GPU; :func:`bbfast.attack` takes the victim's model and recipe.
         """
         check_seed(seed)
         wanted = f"{seed} {data.image_size}" + (f" {num_classes} {_digest(data)}" if self.fits_data else "")
-        if self._fitted_to == wanted:
+        # A context that is given may bring another victim; what it already made is read back from its store.
+        if self._fitted_to == wanted and not (self.needs_context and context is not None):
             return
         known = num_classes or int(data.labels.max()) + 1
+        if self.needs_context and context is None:
+            context = default_context(data, known, seed, self.config.compat)
         self.tensors = self.fit(data, known, seed, context)
         self.seed, self.image_size, self._fitted_to = seed, data.image_size, wanted
 
@@ -255,6 +271,8 @@ class Attack(ABC):
         rule = self.rule(train.labels, num_classes)
         poison, cross = self.select(train.labels, rule, seed)
         self.prepare(train, rule.num_classes, seed)
+        if self.selects_after_fit:
+            poison, cross = self.select(train.labels, rule, seed)
         return self._materialise(train, rule, poison, cross)
 
     def backdoor_test(self, test: ImageSet, seed: int = 0, num_classes: int | None = None) -> BackdoorSet:

@@ -1,21 +1,15 @@
-"""Settings that all attacks share, and what an attack may use to make its prerequisites."""
+"""Settings that all attacks share."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import nn
 
 from bbfast._config import MethodConfig
 from bbfast.attacks.poisoning import IndexRng, LabelMode
-from bbfast.training.recipe import Recipe
 
-__all__ = ["AttackConfig", "AttackContext"]
+__all__ = ["AttackConfig"]
 
 
 class AttackConfig(MethodConfig):
@@ -58,22 +52,3 @@ class AttackConfig(MethodConfig):
         elif self.source_classes:
             raise ValueError(f"source_classes belong to label_mode 'one2one', got label_mode {self.label_mode!r}")
         return self
-
-
-@dataclasses.dataclass(frozen=True)
-class AttackContext:
-    """What an attack may use to make its prerequisites (surrogate, encoder, optimised trigger).
-
-    Args:
-        device: Where to work.
-        fresh_model: Builds a newly initialised model of the victim's architecture, the same one each time.
-        recipe: The victim's recipe.
-        cache: Folder in which prerequisites are kept between runs; None keeps none.
-        progress: As in :func:`bbfast.train`.
-    """
-
-    device: torch.device
-    fresh_model: Callable[[], nn.Module]
-    recipe: Recipe
-    cache: Path | None = None
-    progress: bool | None = None

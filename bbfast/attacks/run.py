@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from bbfast._version import __version__
-from bbfast.attacks.base import Attack, AttackContext, registry
+from bbfast.attacks.base import Attack, registry
 from bbfast.attacks.poisoning import LabelRule, PoisonedSet, Role, check_seed
+from bbfast.attacks.prerequisites import AttackContext, open_store, seeded_model
 from bbfast.attacks.result import AttackResult
 from bbfast.data.datapair import DataPair
 from bbfast.data.imageset import BackdoorSet
-from bbfast.data.loader import derive_seed
 from bbfast.evaluation import evaluate
 from bbfast.metrics import c_acc
-from bbfast.models import build
+from bbfast.store import Store
 from bbfast.training import Recipe, TrainResult, predict_labels, train
 from bbfast.training.device import resolve_device
 
@@ -37,6 +37,7 @@ def attack(
     device: torch.device | str = "auto",
     *,
     checkpoint: str | Path | None = None,
+    store: Store | str | Path | bool | None = None,
     progress: bool | None = None,
     callbacks: Sequence[Any] = (),
 ) -> AttackResult:
@@ -55,6 +56,8 @@ def attack(
         seed: Seed of everything: choice of samples, trigger, initial weights, order of batches.
         device: Where to train.
         checkpoint: Folder of a checkpoint; a run that was killed goes on when called again.
+        store: Where what the attack needs (a surrogate, an encoder) is kept and found again: a store or its folder;
+            None is a folder in the user's cache (``BBFAST_CACHE``); False keeps nothing.
         progress: Progress bars; None shows them on a terminal.
         callbacks: As in :func:`bbfast.train`.
 
@@ -78,7 +81,9 @@ def attack(
     victim = _build(model, data, seed)
 
     work = None if checkpoint is None else Path(checkpoint)
-    context = AttackContext(where, lambda: _build(model, data, seed), used, work and work / "prerequisites", progress)
+    context = AttackContext(
+        where, lambda: _build(model, data, seed), used, data.name, data.test, open_store(store), progress
+    )
     method.prepare(data.train, rule.num_classes, seed, context)
     program = method.program(rule)
     poisoned = None if program is not None else method.poison(data.train, seed, rule.num_classes)
@@ -149,9 +154,7 @@ def _recipe(method: Attack, recipe: Recipe | str | None, data: DataPair, model: 
 def _build(model: str | nn.Module, data: DataPair, seed: int) -> nn.Module:
     """A new model of the architecture, the same one for the same seed; or a copy of the module given."""
     if isinstance(model, str):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed("model", seed))
-            return build(model, data.num_classes, data.train.image_size, in_channels=data.train.image_size[0])
+        return seeded_model(model, data.num_classes, data.train.image_size, seed)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a name or a torch.nn.Module, got {type(model).__name__}")
     spec = getattr(model, "bbfast_spec", None)

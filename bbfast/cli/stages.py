@@ -93,7 +93,7 @@ def attack_stage(
 
     def make(work: Path) -> AttackResult:
         trained = victim(model, data, seed) if pretrained else model
-        return run(attack, data, trained, recipe, seed, device, checkpoint=work, progress=progress)
+        return run(attack, data, trained, recipe, seed, device, checkpoint=work, store=store, progress=progress)
 
     return _stage(store, ATTACK, attack.name, config, seed, make, AttackResult.load, fresh, say, about)
 

@@ -1,0 +1,204 @@
+"""The attacker's own classifier: trained on the clean data, plainly or adversarially, and kept as a prerequisite."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from bbfast._hashing import content_hash
+from bbfast.attacks.config import AttackConfig
+from bbfast.attacks.prerequisites import AttackContext, seeded_model
+from bbfast.data.imageset import ImageSet
+from bbfast.data.loader import Batch
+from bbfast.data.normalize import normalize
+from bbfast.models import load_state, model_state
+from bbfast.training import Program, Recipe, train
+from bbfast.training.prediction import evaluating
+
+__all__ = ["Classifier", "PgdProgram", "SurrogateConfig", "clean_surrogate", "linf_pgd", "robust_surrogate", "set_hash"]
+
+
+class SurrogateConfig(AttackConfig):
+    """Settings of attacks that make their trigger with a classifier of the attacker's own.
+
+    Args:
+        surrogate: Name of its model; None takes the victim's architecture (``preactresnet18`` if there is no victim).
+        surrogate_preset: Its recipe; None takes the victim's.
+        surrogate_epochs: Its epochs; None are the recipe's.
+    """
+
+    surrogate: str | None = None
+    surrogate_preset: Literal["paper", "quick"] | None = None
+    surrogate_epochs: int | None = Field(None, ge=1)
+
+    def surrogate_recipe(self, context: AttackContext, **changes: Any) -> Recipe:
+        """The recipe that the settings ask for, with ``changes``."""
+        recipe = context.recipe
+        if self.surrogate_preset is not None:
+            recipe = Recipe.preset(self.surrogate_preset, context.dataset, self.surrogate, compat=self.compat)
+        if self.surrogate_epochs is not None:
+            changes["epochs"] = self.surrogate_epochs
+        return recipe.replace(**{"eval_every": 0, **changes})
+
+
+class Classifier(nn.Module):
+    """A trained network that takes images in 0..1, in eval mode, its weights frozen; gradients flow to the images.
+
+    Args:
+        network: The network.
+        mean: Normalisation that it was trained with.
+        std: Normalisation that it was trained with.
+    """
+
+    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.network, self.mean, self.std = network.requires_grad_(False), mean, std
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[B, K]`` of float images ``[B, C, H, W]`` in 0..1."""
+        logits: Tensor = self.network(normalize(images, self.mean, self.std))
+        return logits
+
+
+def clean_surrogate(
+    context: AttackContext, data: ImageSet, num_classes: int, config: SurrogateConfig, seed: int
+) -> Classifier:
+    """A classifier trained on the clean training set, from the context's store or trained now.
+
+    Args:
+        context: Where to work and keep it.
+        data: The clean training set.
+        num_classes: K.
+        config: Which model and recipe.
+        seed: Of weights and batches.
+    """
+    return _obtain(context, data, num_classes, config, config.surrogate_recipe(context), seed, "surrogate", Program())
+
+
+def robust_surrogate(
+    context: AttackContext, data: ImageSet, num_classes: int, config: SurrogateConfig, recipe: Recipe, seed: int
+) -> Classifier:
+    """An adversarially trained classifier on images in 0..1, not normalised (spec/attacks section 3).
+
+    Args:
+        context: Where to work and keep it.
+        data: The clean training set.
+        num_classes: K.
+        config: Which model.
+        recipe: How it is trained.
+        seed: Of weights, batches and starting points.
+    """
+    channels = data.image_size[0]
+    plain = dataclasses.replace(data, mean=(0.0,) * channels, std=(1.0,) * channels)
+    return _obtain(context, plain, num_classes, config, recipe, seed, "robust_surrogate", PgdProgram())
+
+
+class PgdProgram(Program):
+    """Adversarial training with PGD (Madry et al., arXiv 1706.06083): each batch is replaced by its attacked images.
+
+    Args:
+        epsilon: Largest change of a pixel, in 0..1 units.
+        step: Size of a step.
+        steps: Steps, from a random start.
+    """
+
+    def __init__(self, epsilon: float = 8 / 255, step: float = 2 / 255, steps: int = 10) -> None:
+        self.epsilon, self.step, self.steps = epsilon, step, steps
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        start = torch.empty_like(batch.x).uniform_(-self.epsilon, self.epsilon)
+        # The attack sees the network as it would be used; its passes must not count in BatchNorm's averages.
+        with evaluating(model):
+            attacked = linf_pgd(model, batch.x, batch.y, self.epsilon, self.step, self.steps, start)
+        return super().loss(model, batch.replace(x=attacked))
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "epsilon": self.epsilon, "step": self.step, "steps": self.steps}
+
+
+def linf_pgd(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    epsilon: float,
+    step: float,
+    steps: int,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Images of a larger cross-entropy within ``epsilon`` of each pixel and within 0..1: projected gradient ascent.
+
+    Args:
+        model: Takes images in 0..1.
+        images: float ``[B, C, H, W]``, 0..1.
+        labels: int64 ``[B]``.
+        epsilon: Largest change, in 0..1 units.
+        step: Size of a step.
+        steps: Number of steps.
+        start: First change, ``[B, C, H, W]``; None starts at the images.
+
+    Returns:
+        Like ``images``, detached.
+    """
+    low, high = (images - epsilon).clamp_min(0), (images + epsilon).clamp_max(1)
+    x = images if start is None else torch.minimum(torch.maximum(images + start, low), high)
+    for _ in range(steps):
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = F.cross_entropy(model(x).float(), labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, x)
+        x = torch.minimum(torch.maximum(x.detach() + step * gradient.sign(), low), high)
+    return x.detach()
+
+
+def set_hash(data: ImageSet) -> str:
+    """SHA-256 over pixels and labels: what a prerequisite made from a set is found by."""
+    return content_hash({"images": data.images, "labels": data.labels})
+
+
+def _obtain(
+    context: AttackContext,
+    data: ImageSet,
+    num_classes: int,
+    config: SurrogateConfig,
+    recipe: Recipe,
+    seed: int,
+    kind: str,
+    program: Program,
+) -> Classifier:
+    if config.surrogate is None:
+        network = context.fresh_model()
+    else:
+        network = seeded_model(config.surrogate, num_classes, data.image_size, seed)
+    identity = {
+        "initial_weights": content_hash(network.state_dict()),
+        "network": type(network).__qualname__,
+        "recipe": recipe.model_dump(mode="json"),
+        "data": set_hash(data),
+        "normalisation": [data.mean, data.std],
+        "program": program.describe(),
+    }
+
+    def make(work: Path) -> dict[str, Tensor]:
+        name = kind.replace("_", " ")
+        train(
+            network,
+            data,
+            recipe,
+            seed=seed,
+            device=context.device,
+            program=program,
+            checkpoint=work,
+            progress=context.progress,
+            description=f"{name} of the attacker",
+        )
+        return model_state(network)
+
+    load_state(network, context.obtain(kind, identity, make, seed=seed))
+    return Classifier(network.to(context.device), data.mean, data.std)
