@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bbfast.ops import _check
+from bbfast.ops._func import holds_nothing
 from bbfast.ops._layout import result_format
 from bbfast.ops._rounding import to_images, unselected
 
@@ -57,7 +58,7 @@ def amplitude_mix(
     b = _half_window(op, beta, height, width)
     _check.finite(op, "images", images)
     _check.finite(op, "trigger", trigger)
-    if images.numel() == 0:
+    if holds_nothing(images) or holds_nothing(trigger):
         return images.clone(memory_format=result_format(images))
     compute = _check.compute_dtype(images.dtype)
     spectrum = torch.fft.rfft2(images.to(compute))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bbfast.ops import _check
+from bbfast.ops._func import holds_nothing
 
 __all__ = ["channel_lipschitz", "channel_lipschitz_reference"]
 
@@ -45,6 +46,8 @@ def channel_lipschitz(weight: Tensor, scale: Tensor | None = None) -> Tensor:
     _check_arguments(weight, scale)
     weight = weight.detach()
     o = weight.shape[0]
+    if weight.numel() and holds_nothing(weight):
+        return weight.new_zeros(o)
     kernels = weight.reshape(o, weight.shape[1], -1) if weight.numel() else weight.new_zeros(o, 1, 1)
     step = max(1, _PIECE // kernels[0].numel()) if o else 1
     norms = torch.cat([_norms(part) for part in kernels.split(step)]) if o else kernels.double().flatten()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bbfast.ops import _check
+from bbfast.ops._func import holds_nothing
 from bbfast.ops._precision import full_precision
 
 __all__ = ["check_window", "dct2", "idct2"]
@@ -59,7 +60,7 @@ def _basis(n: int, device: torch.device) -> Tensor:
 
 def _transform(op: str, x: Any, window: Any, inverse: bool) -> Tensor:
     height, width = _block(op, x, window)
-    if x.numel() == 0:
+    if holds_nothing(x):
         return x.clone(memory_format=torch.contiguous_format)
     compute = _check.compute_dtype(x.dtype)
     with full_precision(x.device.type):

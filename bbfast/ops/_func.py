@@ -15,13 +15,20 @@ try:
 except ImportError:  # pragma: no cover
     _functorch = None  # type: ignore[assignment]
 
-__all__ = ["gradient_beyond_backward", "is_wrapped"]
+__all__ = ["gradient_beyond_backward", "holds_nothing", "is_wrapped"]
 
 
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether ``torch.func`` has wrapped it: it then stands for a batch (``vmap``) or is being differentiated."""
     ask = getattr(_functorch, "is_functorch_wrapped_tensor", None)
     return not torch.compiler.is_compiling() and ask is not None and ask(tensor)
+
+
+def holds_nothing(tensor: Tensor) -> bool:
+    """Whether it has no elements, or stands for an empty batch of ``vmap`` (its own shape then does not show it)."""
+    while tensor.numel() and is_wrapped(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor.numel() == 0
 
 
 def gradient_beyond_backward() -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bbfast.ops import _check
+from bbfast.ops._func import holds_nothing
 from bbfast.ops._layout import result_format
 from bbfast.ops._precision import full_precision
 from bbfast.ops._rounding import check_rounding, to_images, unselected
@@ -106,7 +107,7 @@ def reflect(
     corner = _pair(op, "window_offset", window_offset, images, (side - height, side - width), used=True)
     _check.finite(op, "images", images)
     _check.finite(op, "reflection", reflection)
-    if images.numel() == 0:
+    if holds_nothing(images) or holds_nothing(reflection):
         return images.clone(memory_format=result_format(images))
 
     unit = 255 if images.dtype == torch.uint8 else 1

@@ -116,8 +116,14 @@ def test_vmap_of_a_vmap_over_other_dimensions_and_over_none(op, layout):
     got = vmap(vmap(call, (None, 1)), (4, None))(x, y)
     expected = [[call(x[..., i], y.select(1, j)) for j in range(B)] for i in range(B)]
     torch.testing.assert_close(got, torch.stack([torch.stack(row) for row in expected]))
-    if op != "amplitude_mix":  # torch's Fourier transform refuses an empty batch
-        assert vmap(call, (4, None))(x[..., :0], given[second]).shape == (0, 2, 3, 4, 6)
+    assert vmap(call, (4, None))(x[..., :0], given[second]).shape == (0, 2, 3, 4, 6)
+    assert vmap(call, (None, 1))(given["images"], y[:, :0]).shape == (0, 2, 3, 4, 6)
+
+
+def test_vmap_over_an_empty_dimension_of_what_is_plain_torch():
+    assert vmap(ops.dct2)(torch.zeros(0, 2, 4, 6)).shape == (0, 2, 4, 6)
+    assert vmap(lambda a: ops.idct2(a, 2))(torch.zeros(0, 2, 4, 6)).shape == (0, 2, 4, 6)
+    assert vmap(ops.channel_lipschitz)(torch.zeros(0, 5, 3, 2)).shape == (0, 5)
 
 
 @pytest.mark.filterwarnings("error")
