@@ -19,7 +19,12 @@ from bbfast.errors import ConfigError, UnknownNameError
 NAMES = attacks.available()
 MakeSet = Callable[..., ImageSet]
 
-PSNR = {"badnets": (18, 45), "blended": (12, 30), "wanet": (22, 50)}
+PSNR = {
+    "badnets": (18, 45),
+    "blended": (12, 30),
+    "tact": (15, 30),
+    "wanet": (22, 50),
+}
 """Decibels between smooth random images and their triggered versions; every attack states its band here."""
 
 
@@ -197,7 +202,7 @@ def test_bad_settings(name: str) -> None:
     with pytest.raises(ConfigError, match="label_mode"):
         attacks.create(name, label_mode="some2some")
     with pytest.raises(ConfigError, match="'one2one' needs source_classes"):
-        attacks.create(name, label_mode="one2one")
+        attacks.create(name, label_mode="one2one", source_classes=())
     with pytest.raises(ConfigError, match="must not hold the target 1"):
         attacks.create(name, label_mode="one2one", source_classes=(1,), target=1)
     for mode in set(LABEL_MODES) - set(registry.get(name).card.label_modes):
