@@ -20,6 +20,8 @@ NAMES = attacks.available()
 MakeSet = Callable[..., ImageSet]
 
 PSNR = {
+    "adaptive_blend": (12, 30),
+    "adaptive_patch": (12, 30),
     "badnets": (18, 45),
     "blended": (12, 30),
     "tact": (15, 30),
