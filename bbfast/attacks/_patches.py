@@ -41,8 +41,9 @@ def draw_patch(name: str, image_size: tuple[int, int, int]) -> tuple[Tensor, Ten
         left, right = _scaled(box[2:], width)
         cells, opaque = _cells(name, bottom - top, right - left)
         rows, columns = _nearest(cells.shape[1], bottom - top), _nearest(cells.shape[2], right - left)
-        pattern[:, top:bottom, left:right] = cells[:, rows[:, None], columns]
-        mask[:, top:bottom, left:right] = opaque[rows[:, None], columns].float()
+        shown = opaque[rows[:, None], columns]
+        pattern[:, top:bottom, left:right] = cells[:, rows[:, None], columns] * shown
+        mask[:, top:bottom, left:right] = shown.float()
     return fit_picture(pattern, image_size), mask
 
 
