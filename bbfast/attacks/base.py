@@ -157,6 +157,14 @@ class Attack(ABC):
         """The training loop's hooks of a training-controlled attack; None: the loop is the ordinary one."""
         return None
 
+    def poisoned_program(self, poisoned: PoisonedSet) -> Program | None:
+        """The training loop's hooks that go with a poisoned set; None: the loop is the ordinary one.
+
+        For attacks that assume something of the victim's training besides the data (BATT: what benign images are
+        augmented by). Asked where :meth:`program` gives None.
+        """
+        return None
+
     def export_train(self, train: ImageSet, seed: int, num_classes: int, batch_size: int) -> PoisonedSet:
         """The poisoned training set that data-based defenses are given; for poison-only attacks the one trained on."""
         return self.poison(train, seed, num_classes)

@@ -87,6 +87,8 @@ def attack(
     method.prepare(data.train, rule.num_classes, seed, context)
     program = method.program(rule)
     poisoned = None if program is not None else method.poison(data.train, seed, rule.num_classes)
+    if poisoned is not None:
+        program = method.poisoned_program(poisoned)
     trained = train(
         victim,
         data.train if poisoned is None else poisoned.as_imageset(),
