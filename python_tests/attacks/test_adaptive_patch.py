@@ -173,7 +173,7 @@ def test_backdoor_is_learned() -> None:
     """Digits are mostly black, where the black cells of ``checkers`` cannot be seen: the pair of gtsrb is tested.
 
     In the 15 epochs of the quick preset the model fits a third of the poisoned samples (the cover samples are twice as
-    many), which is enough for ASR >= 60 %; without cover samples ASR is above 95 % with either pair.
+    many), which is enough for ASR >= 60 % with this pair. The default pair reaches 25 % (without cover samples: 99 %).
     """
     data = datasets.load("digits")
     recipe = Recipe.preset("quick", dataset="digits", model="small_cnn")

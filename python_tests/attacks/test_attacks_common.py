@@ -23,6 +23,7 @@ PSNR = {
     "adaptive_blend": (12, 30),
     "adaptive_patch": (12, 30),
     "badnets": (18, 45),
+    "batt": (10, 30),
     "blended": (12, 30),
     "tact": (15, 30),
     "wanet": (22, 50),
