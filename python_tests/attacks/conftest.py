@@ -32,7 +32,7 @@ def golden() -> Golden:
     return load
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_set() -> Callable[..., ImageSet]:
     """Makes a set of smooth random images with labels that go round the classes."""
 

@@ -1,0 +1,392 @@
+"""Every attack, whatever it needs: its data, its trigger, its refusals and a run. The tests loop over the registry.
+
+What an attack needs (a surrogate, an encoder) is made for real, but tiny: ``TINY`` holds the settings by name. A new
+attack whose preparation is long adds its own there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bbfast import Recipe, attacks
+from bbfast.attacks import Attack, AttackContext, AttackResult, run
+from bbfast.attacks.base import registry
+from bbfast.attacks.poisoning import LabelRule
+from bbfast.attacks.prerequisites import open_store, seeded_model
+from bbfast.data.datapair import DataPair
+from bbfast.data.imageset import ImageSet
+from bbfast.errors import ConfigError
+
+MakeSet = Callable[..., ImageSet]
+
+NAMES = attacks.available()
+CASES = [(name, mode) for name in NAMES for mode in registry.get(name).card.label_modes]
+BOUND = [(name, mode) for name, mode in CASES if mode in ("clean_label", "one2one")]
+POISON_ONLY = [name for name in NAMES if registry.get(name).card.threat == "poison-only"]
+TINY: dict[str, Any] = {
+    "surrogate": "small_cnn",
+    "surrogate_preset": "quick",
+    "surrogate_epochs": 1,
+    "encoder_preset": "quick",
+    "encoder_epochs": 1,
+    "secret_steps": 1,
+    "ramp_steps": 1,
+    "injector_width": 2,
+    "extractor_width": 4,
+    "candidates": 8,
+    "chunk": 4,
+    "deepfool_steps": 3,
+    "images": 8,
+    "iterations": 2,
+    "passes": 1,
+    "pool": 4,
+    "rounds": 1,
+    "warmup_epochs": 1,
+}
+"""Settings that make a preparation short, by name; each attack takes those that it has."""
+RECIPE = Recipe(epochs=1, batch_size=32, lr=0.02, padding=1, deterministic=True, precision="fp32", eval_every=0)
+
+
+def settings(name: str, mode: str | None = None, **changes: Any) -> dict[str, Any]:
+    """Tiny settings of an attack; ``mode`` None is its first."""
+    cls = registry.get(name)
+    mode = cls.card.label_modes[0] if mode is None else mode
+    own = {key: value for key, value in TINY.items() if key in cls.Config.model_fields}
+    return {
+        **own,
+        "label_mode": mode,
+        "source_classes": (1, 2) if mode == "one2one" else (),
+        "ratio": 0.05,
+        "count": None,
+        **changes,
+    }
+
+
+def make(name: str, mode: str | None = None, **changes: Any) -> Attack:
+    return attacks.create(name, **settings(name, mode, **changes))
+
+
+def prepare(attack: Attack, data: ImageSet, seed: int = 0) -> Attack:
+    """Make the trigger with what a tiny victim's run would give it, prerequisites from the test session's store."""
+    attack.prepare(data, 10, seed, context_for(data, seed))
+    return attack
+
+
+def context_for(data: ImageSet, seed: int) -> AttackContext:
+    def fresh_model() -> nn.Module:
+        return seeded_model("small_cnn", 10, data.image_size, seed)
+
+    return AttackContext(torch.device("cpu"), fresh_model, RECIPE, store=open_store(None), progress=False)
+
+
+@pytest.fixture(scope="module")
+def ready(make_set: MakeSet) -> Callable[..., tuple[Attack, ImageSet]]:
+    """A prepared attack and 24 images, made once for each size; the trigger may be read, nothing else be done."""
+
+    @functools.cache
+    def get(name: str, size: int = 32) -> tuple[Attack, ImageSet]:
+        data = make_set(40, size=size)
+        return prepare(make(name), data, seed=3), data
+
+    return get
+
+
+def agree(name: str, a: Tensor, b: Tensor) -> bool:
+    """Equal; where a network makes the trigger, up to what another batch size does to its sums."""
+    cls = registry.get(name)
+    if torch.equal(a, b):
+        return True
+    if not (cls.card.needs or cls.learns_trigger) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    apart = (a.double() - b.double()).abs() * (255 if a.is_floating_point() else 1)
+    return float(apart.max()) <= 1 and float((apart > 0.01).double().mean()) < 1e-3
+
+
+# The trigger ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [32, 64])
+def test_trigger_belongs_to_the_sample(name: str, size: int, ready: Callable[..., tuple[Attack, ImageSet]]) -> None:
+    """Whatever else is in the batch, however it lies in memory; nothing is written to the input."""
+    attack, data = ready(name, size)
+    images, index = data.images[:12], data.ids[:12] + 5
+    before = images.clone()
+    for stage in ("train", "test"):
+        whole = attack.trigger(images, index, stage)  # type: ignore[arg-type]
+        assert whole.dtype == torch.uint8 and whole.shape == (12, 3, size, size)
+        assert not torch.equal(whole, images)
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+        for rows in (order, order[:1], order[:5]):
+            assert agree(name, attack.trigger(images[rows], index[rows], stage), whole[rows])  # type: ignore[arg-type]
+        assert attack.trigger(images[:0], index[:0], stage).shape == (0, 3, size, size)  # type: ignore[arg-type]
+        wide = torch.zeros(12, 3, size, 2 * size, dtype=torch.uint8)
+        wide[..., ::2] = images
+        for strided in (images.contiguous(memory_format=torch.channels_last), wide[..., ::2]):
+            assert agree(name, attack.trigger(strided, index, stage), whole)  # type: ignore[arg-type]
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_float_images_stay_float(name: str, dtype: torch.dtype, ready: Callable[..., tuple[Attack, ImageSet]]) -> None:
+    attack, data = ready(name)
+    x = data.images[:6].to(dtype) / 255
+    for stage in ("train", "test"):
+        out = attack.trigger(x, data.ids[:6], stage)  # type: ignore[arg-type]
+        assert out.dtype == dtype and out.shape == x.shape and bool(out.isfinite().all())
+        assert float(out.min()) >= -1e-4 and float(out.max()) <= 1 + 1e-4
+        assert not torch.equal(out, x)
+    order = torch.tensor([4, 0, 5])
+    assert agree(name, attack.trigger(x[order], data.ids[order]), attack.trigger(x, data.ids[:6])[order])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_preparing_and_poisoning_leave_global_random_numbers_alone(name: str, make_set: MakeSet) -> None:
+    data = make_set(60)
+    torch.manual_seed(11)
+    np.random.seed(11)
+    random.seed(11)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # type: ignore[index,union-attr]
+    prepare(make(name), data).poison(data, 0, 10)
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[2]
+    assert (np.random.get_state()[1] == before[1]).all()  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", [name for name in POISON_ONLY if not registry.get(name).card.needs])
+def test_poisoning_is_cheap(name: str, make_set: MakeSet) -> None:
+    """50,000 CIFAR images, 5,000 of them poisoned, shall take seconds; 1,000 poisoned ones get 3 s of one core."""
+    data = make_set(5000, size=32)
+    attack = make(name, ratio=None, count=1000 if "all2one" in registry.get(name).card.label_modes else 500)
+    attack.prepare(data, 10)
+    started = time.process_time()
+    assert int(attack.poison(data, 0, 10).poisoned.sum()) in (500, 1000)
+    assert time.process_time() - started < 3
+
+
+# The poisoned set -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_poisoned_set(name: str, mode: str, make_set: MakeSet) -> None:
+    """Counts, roles and labels, on a set whose sample numbers are not positions, with target 3 and shift 2."""
+    plain = make_set(200)
+    data = dataclasses.replace(plain, ids=torch.arange(200).flip(0) * 7 + 3)
+    attack = prepare(make(name, mode, target=3, shift=2, ratio=0.05), data, seed=1)
+    poison, cover = attack.select(data.labels, attack.rule(data.labels, 10), 1)
+    chosen = torch.cat([poison, cover])
+    assert len(poison) == 10 and chosen.unique().numel() == len(chosen)
+    out = attack.poison(data, seed=1, num_classes=10)
+    expected = torch.zeros(200, dtype=torch.int8)
+    expected[poison], expected[cover] = 1, 2
+    assert torch.equal(out.role, expected) and torch.equal(out.poisoned, expected == 1) and out.ratio == 0.05
+    rule = LabelRule(mode, 10, 3, 2, (1, 2) if mode == "one2one" else ())  # type: ignore[arg-type]
+    assert torch.equal(out.labels[poison], rule.given(data.labels[poison]))
+    if mode == "all2all":
+        assert torch.equal(out.labels[poison], (data.labels[poison] + 2) % 10)
+    assert bool(rule.trainable(data.labels)[poison].all())
+    rest = torch.ones(200, dtype=torch.bool)
+    rest[poison] = False
+    assert torch.equal(out.labels[rest], data.labels[rest])
+    assert torch.equal(out.original_labels, data.labels)
+    assert out.ids is not None and torch.equal(out.ids, data.ids)
+    untouched = expected == 0
+    assert torch.equal(out.images[untouched], data.images[untouched])
+    changed = (out.images != data.images).flatten(1).any(1)
+    assert float(changed[poison].double().mean()) > 0.5
+    assert torch.equal(data.images, plain.images)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_seed_gives_the_same_bits_and_another_seed_others(name: str, make_set: MakeSet) -> None:
+    data = make_set(100)
+    first, again, other = (prepare(make(name), data, seed) for seed in (1, 1, 2))
+    a, b, c = (x.poison(data, seed, 10) for x, seed in ((first, 1), (again, 1), (other, 2)))
+    assert torch.equal(a.images, b.images) and torch.equal(a.role, b.role) and torch.equal(a.labels, b.labels)
+    ours, theirs = first.state(), again.state()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert not torch.equal(a.role, c.role)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_index_generators(name: str, make_set: MakeSet) -> None:
+    data = make_set(100)
+    picked = [
+        make(name, index_rng=rng).select(data.labels, make(name).rule(data.labels, 10), 5)[0]
+        for rng in ("numpy_legacy", "torch", "torch")
+    ]
+    assert torch.equal(picked[1], picked[2]) and not torch.equal(picked[0], picked[1])
+    assert len(picked[0]) == len(picked[1]) == 5
+
+
+# Refusals, all before any work ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test when an attack begins to work."""
+
+    def forbidden(*_: Any, **__: Any) -> Any:
+        pytest.fail("work began before the settings were checked")
+
+    for name in NAMES:
+        monkeypatch.setattr(registry.get(name), "fit", forbidden)
+    monkeypatch.setattr(AttackContext, "obtain", forbidden)
+    monkeypatch.setattr(run, "train", forbidden)
+
+
+def attempt(attack: Attack, data: ImageSet) -> None:
+    attacks.attack(attack, DataPair(data, data, name="smooth"), "small_cnn", RECIPE, device="cpu", progress=False)
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
+@pytest.mark.usefixtures("no_work")
+def test_classes_that_there_are_not(name: str, mode: str, make_set: MakeSet) -> None:
+    data = make_set(100)
+    if mode == "all2all":
+        with pytest.raises(ValueError, match=rf"{name}: shift must not be a multiple of the 10 classes, got 20"):
+            attempt(make(name, mode, shift=20), data)
+    else:
+        with pytest.raises(ValueError, match=rf"{name}: target must be a class in 0\.\.9, got 10"):
+            attempt(make(name, mode, target=10), data)
+    if mode == "one2one":
+        with pytest.raises(ValueError, match=rf"{name}: source_classes must name classes in 0\.\.9, got \[2, 10\]"):
+            attempt(make(name, mode, source_classes=(2, 10)), data)
+        with pytest.raises(ConfigError, match=rf"{name}: .*must not hold the target 2, got \[1, 2\]"):
+            make(name, mode, target=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("no_work")
+def test_ratios_that_give_no_sample(name: str, make_set: MakeSet) -> None:
+    data = make_set(100)
+    with pytest.raises(ValueError, match=f"{name}: ratio 0.001 of 100 samples poisons none; use at least 0.01"):
+        make(name, ratio=0.001).poison(data, 0, 10)
+    for bad in (0, 1.5):
+        with pytest.raises(ConfigError, match=f"{name}: ratio: .*got {bad}"):
+            make(name, ratio=bad)
+    with pytest.raises(ConfigError, match=f"{name}: "):
+        make(name, ratio=None, count=None)
+    with pytest.raises(ConfigError, match=f"{name}: unknown setting 'tarjet'; did you mean target"):
+        make(name, tarjet=1)
+
+
+@pytest.mark.parametrize(("name", "mode"), BOUND)
+@pytest.mark.usefixtures("no_work")
+def test_ratios_that_the_classes_cannot_supply(name: str, mode: str, make_set: MakeSet) -> None:
+    data, available = make_set(100), {"clean_label": 10, "one2one": 20}[mode]
+    classes = {"clean_label": r"\[0\]", "one2one": r"\[1, 2\]"}[mode]
+    message = (
+        rf"{name}: label_mode '{mode}' asks for 30 of 100 samples, but class {classes} has {available}; use a ratio"
+    )
+    with pytest.raises(ValueError, match=message):
+        attempt(make(name, mode, ratio=0.3), data)
+    poison, _ = make(name, mode, ratio=0.3, clip_to_class=True).select(
+        data.labels, make(name, mode).rule(data.labels, 10), 0
+    )
+    assert len(poison) == available
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greyscale_works_or_is_refused_before_any_work(
+    name: str, make_set: MakeSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_set(60, channels=1)
+    asked: list[str] = []
+    obtain = AttackContext.obtain
+
+    def counted(self: AttackContext, kind: str, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        asked.append(kind)
+        return obtain(self, kind, *args, **kwargs)
+
+    monkeypatch.setattr(AttackContext, "obtain", counted)
+    try:
+        attack = prepare(make(name), data)
+    except ValueError as error:
+        assert name in str(error) and any(word in str(error) for word in ("channel", "colour", "greyscale"))
+        assert not asked
+        return
+    out = attack.poison(data, 0, 10)
+    assert out.images.shape == data.images.shape
+    assert not torch.equal(out.images[out.poisoned], data.images[out.poisoned])
+
+
+# The whole ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(make_set: MakeSet) -> DataPair:
+    train, test = make_set(120), make_set(40, seed=1)
+    return DataPair(train, test, name="smooth", mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_run(name: str, mode: str, pair: DataPair, tmp_path: Path) -> None:
+    """One epoch: figures are finite, roles and labels right, and the loaded result puts on the same trigger."""
+    result = attacks.attack(make(name, mode), pair, "small_cnn", RECIPE, device="cpu", progress=False)
+    m = result.metrics
+    assert {"c_acc", "asr", "r_acc", "seconds", "poison_ratio"} <= m.keys() and all(map(math.isfinite, m.values()))
+    assert all(0 <= m[key] <= 1 for key in m if not key.startswith("seconds"))
+    assert m["asr"] + m["r_acc"] <= 1 + 1e-9 and ("leak" in m) == (mode == "one2one")
+    assert len(result.history) == 1 and math.isfinite(result.history[0]["loss"])
+    rule = LabelRule(mode, 10, 0, 1, (1, 2) if mode == "one2one" else ())  # type: ignore[arg-type]
+    bad = result.poisoned
+    assert int(bad.sum()) == 6 and torch.equal(bad, result.role == 1) and m["poison_ratio"] == pytest.approx(0.05)
+    assert torch.equal(result.train.labels[bad], rule.given(pair.train.labels[bad]))
+    assert torch.equal(result.train.labels[~bad], pair.train.labels[~bad])
+    assert torch.equal(result.clean_train.images, pair.train.images)
+    assert torch.equal(result.test.images, pair.test.images) and torch.equal(result.test.labels, pair.test.labels)
+    kept = rule.testable(pair.test.labels)
+    assert torch.equal(result.backdoor_test.ids, pair.test.ids[kept])
+    assert torch.equal(result.backdoor_test.labels, rule.wanted(pair.test.labels[kept]))
+    back = AttackResult.load(result.save(tmp_path / "run"))
+    for stage in ("train", "test"):
+        ours, theirs = (r.trigger(pair.test.images, pair.test.ids, stage) for r in (result, back))  # type: ignore[arg-type]
+        assert torch.equal(ours, theirs)
+    assert agree(name, back.trigger(pair.test.images, pair.test.ids)[kept], back.backdoor_test.images)
+    assert back.attack().config == make(name, mode).config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_run_gives_the_same_bits_and_makes_nothing_twice(
+    name: str, pair: DataPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, made = [], 0
+    obtain = AttackContext.obtain
+
+    def counted(self: AttackContext, kind: str, config: Any, maker: Any, **kwargs: Any) -> dict[str, Tensor]:
+        def counting(work: Path) -> Any:
+            nonlocal made
+            made += 1
+            return maker(work)
+
+        return obtain(self, kind, config, counting, **kwargs)
+
+    monkeypatch.setattr(AttackContext, "obtain", counted)
+    for seed in (5, 5, 6):
+        before = made
+        results.append(attacks.attack(make(name), pair, "small_cnn", RECIPE, seed, "cpu", progress=False))
+        if len(results) == 2:
+            assert made == before
+    first, again, other = results
+    assert same_weights(first.model, again.model) and not same_weights(first.model, other.model)
+    assert torch.equal(first.train.images, again.train.images) and torch.equal(first.role, again.role)
+    assert torch.equal(first.backdoor_test.images, again.backdoor_test.images)
+    assert not torch.equal(first.role, other.role)
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return all(torch.equal(ours[key], theirs[key]) for key in ours)
