@@ -230,7 +230,7 @@ class Attack(ABC):
             return
         known = num_classes or int(data.labels.max()) + 1
         if self.needs_context and context is None:
-            context = default_context(data, known, seed, self.config.compat)
+            context = default_context(data, known, self.config.compat)
         self.tensors = self.fit(data, known, seed, context)
         self.seed, self.image_size, self._fitted_to = seed, data.image_size, wanted
 

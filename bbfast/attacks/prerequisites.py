@@ -36,21 +36,24 @@ class AttackContext:
 
     Args:
         device: Where to work.
-        fresh_model: Builds a newly initialised model of the victim's architecture, the same one each time.
+        fresh_model: Builds a model of the victim's architecture, newly initialised from a seed. A victim that was given
+            as a module starts from the weights that it has: then a copy of it.
         recipe: The victim's recipe.
         dataset: Name of the data set, which presets go by.
         test: The clean test set, for attacks whose paper measures progress on it; None if there is none.
         store: Where prerequisites are kept and found; None keeps none.
         progress: As in :func:`bbfast.train`.
+        model: Name of the victim's architecture, which presets go by.
     """
 
     device: torch.device
-    fresh_model: Callable[[], nn.Module]
+    fresh_model: Callable[[int], nn.Module]
     recipe: Recipe
     dataset: str = "custom"
     test: ImageSet | None = None
     store: Store | None = None
     progress: bool | None = None
+    model: str | None = None
 
     def obtain(
         self,
@@ -105,14 +108,14 @@ def open_store(choice: Store | str | Path | bool | None) -> Store | None:
     return None if root is None else Store(root / "prerequisites")
 
 
-def default_context(train: ImageSet, num_classes: int, seed: int, compat: str = "paper") -> AttackContext:
+def default_context(train: ImageSet, num_classes: int, compat: str = "paper") -> AttackContext:
     """The context of an attack that is used by itself, without a victim: the benchmark's first model, its recipe."""
 
-    def fresh_model() -> nn.Module:
+    def fresh_model(seed: int) -> nn.Module:
         return seeded_model(_DEFAULT_MODEL, num_classes, train.image_size, seed)
 
     recipe = Recipe.preset("paper", model=_DEFAULT_MODEL, compat="reference" if compat == "reference" else "paper")
-    return AttackContext(resolve_device("auto"), fresh_model, recipe, store=open_store(None))
+    return AttackContext(resolve_device("auto"), fresh_model, recipe, store=open_store(None), model=_DEFAULT_MODEL)
 
 
 def seeded_model(name: str, num_classes: int, image_size: tuple[int, int, int], seed: int) -> nn.Module:

@@ -82,7 +82,14 @@ def attack(
 
     work = None if checkpoint is None else Path(checkpoint)
     context = AttackContext(
-        where, lambda: _build(model, data, seed), used, data.name, data.test, open_store(store), progress
+        where,
+        lambda other: _build(model, data, other),
+        used,
+        data.name,
+        data.test,
+        open_store(store),
+        progress,
+        _name(model),
     )
     method.prepare(data.train, rule.num_classes, seed, context)
     program = method.program(rule)

@@ -8,20 +8,32 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from bbfast._hashing import content_hash
 from bbfast.attacks.config import AttackConfig
 from bbfast.attacks.prerequisites import AttackContext, seeded_model
 from bbfast.data.imageset import ImageSet
-from bbfast.data.loader import Batch
+from bbfast.data.loader import Batch, derive_seed
 from bbfast.data.normalize import normalize
-from bbfast.models import load_state, model_state
+from bbfast.errors import UnknownNameError
+from bbfast.models import info, load_state, model_state
 from bbfast.training import Program, Recipe, train
 from bbfast.training.prediction import evaluating
 
-__all__ = ["Classifier", "PgdProgram", "SurrogateConfig", "clean_surrogate", "linf_pgd", "robust_surrogate", "set_hash"]
+__all__ = [
+    "Classifier",
+    "PgdProgram",
+    "SurrogateConfig",
+    "attacker_seed",
+    "clean_surrogate",
+    "linf_pgd",
+    "new_network",
+    "obtain_classifier",
+    "robust_surrogate",
+    "set_hash",
+]
 
 
 class SurrogateConfig(AttackConfig):
@@ -37,11 +49,22 @@ class SurrogateConfig(AttackConfig):
     surrogate_preset: Literal["paper", "quick"] | None = None
     surrogate_epochs: int | None = Field(None, ge=1)
 
+    @field_validator("surrogate")
+    @classmethod
+    def _check_surrogate(cls, name: str | None) -> str | None:
+        if name is not None:
+            try:
+                info(name)
+            except UnknownNameError as error:
+                raise ValueError(str(error)) from None
+        return name
+
     def surrogate_recipe(self, context: AttackContext, **changes: Any) -> Recipe:
         """The recipe that the settings ask for, with ``changes``."""
         recipe = context.recipe
         if self.surrogate_preset is not None:
-            recipe = Recipe.preset(self.surrogate_preset, context.dataset, self.surrogate, compat=self.compat)
+            name = self.surrogate or context.model
+            recipe = Recipe.preset(self.surrogate_preset, context.dataset, name, compat=self.compat)
         if self.surrogate_epochs is not None:
             changes["epochs"] = self.surrogate_epochs
         return recipe.replace(**{"eval_every": 0, **changes})
@@ -79,7 +102,7 @@ def clean_surrogate(
         config: Which model and recipe.
         seed: Of weights and batches.
     """
-    return _obtain(context, data, num_classes, config, config.surrogate_recipe(context), seed, "surrogate", Program())
+    return obtain_classifier(context, data, num_classes, config, config.surrogate_recipe(context), seed, "surrogate")
 
 
 def robust_surrogate(
@@ -97,7 +120,7 @@ def robust_surrogate(
     """
     channels = data.image_size[0]
     plain = dataclasses.replace(data, mean=(0.0,) * channels, std=(1.0,) * channels)
-    return _obtain(context, plain, num_classes, config, recipe, seed, "robust_surrogate", PgdProgram())
+    return obtain_classifier(context, plain, num_classes, config, recipe, seed, "robust_surrogate", PgdProgram())
 
 
 class PgdProgram(Program):
@@ -162,7 +185,23 @@ def set_hash(data: ImageSet) -> str:
     return content_hash({"images": data.images, "labels": data.labels})
 
 
-def _obtain(
+def new_network(
+    context: AttackContext, name: str | None, image_size: tuple[int, int, int], num_classes: int, seed: int
+) -> nn.Module:
+    """A newly initialised network of the attacker's; ``name`` None takes the victim's architecture.
+
+    Its weights are not those that a victim of the same seed starts from: the attacker does not know them.
+    """
+    seed = attacker_seed(seed)
+    return context.fresh_model(seed) if name is None else seeded_model(name, num_classes, image_size, seed)
+
+
+def attacker_seed(seed: int) -> int:
+    """The seed of the attacker's own trainings: with the victim's the surrogate would be its twin, bit for bit."""
+    return derive_seed("attacker", seed) % 2**32
+
+
+def obtain_classifier(
     context: AttackContext,
     data: ImageSet,
     num_classes: int,
@@ -170,12 +209,22 @@ def _obtain(
     recipe: Recipe,
     seed: int,
     kind: str,
-    program: Program,
+    program: Program | None = None,
 ) -> Classifier:
-    if config.surrogate is None:
-        network = context.fresh_model()
-    else:
-        network = seeded_model(config.surrogate, num_classes, data.image_size, seed)
+    """A classifier trained as asked, from the context's store or trained now.
+
+    Args:
+        context: Where to work and keep it.
+        data: What it is trained on.
+        num_classes: K.
+        config: Which model.
+        recipe: How it is trained.
+        seed: Of the attack; weights and batches get one derived from it.
+        kind: What it is called in the store.
+        program: What happens within a step; None is plain supervised training.
+    """
+    program = Program() if program is None else program
+    network = new_network(context, config.surrogate, data.image_size, num_classes, seed)
     identity = {
         "initial_weights": content_hash(network.state_dict()),
         "network": type(network).__qualname__,
@@ -191,7 +240,7 @@ def _obtain(
             network,
             data,
             recipe,
-            seed=seed,
+            seed=attacker_seed(seed),
             device=context.device,
             program=program,
             checkpoint=work,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import bbfast
 from bbfast import ops
 from bbfast.attacks import Attack, AttackContext, Card, attack, register_attack, registry
-from bbfast.attacks.prerequisites import default_context, open_store
+from bbfast.attacks.prerequisites import default_context, open_store, seeded_model
 from bbfast.attacks.surrogate import (
     Classifier,
     PgdProgram,
@@ -22,6 +22,7 @@ from bbfast.attacks.surrogate import (
     robust_surrogate,
 )
 from bbfast.data import DataPair, ImageSet
+from bbfast.errors import ConfigError
 from bbfast.store import Store
 
 TINY = {"surrogate": "small_cnn", "surrogate_preset": "quick", "surrogate_epochs": 1}
@@ -30,7 +31,7 @@ TINY = {"surrogate": "small_cnn", "surrogate_preset": "quick", "surrogate_epochs
 @pytest.fixture
 def context(tmp_path: Path, make_set) -> AttackContext:
     data = make_set(64, 16)
-    return dataclasses.replace(default_context(data, 10, 0), store=Store(tmp_path), progress=False)
+    return dataclasses.replace(default_context(data, 10), store=Store(tmp_path), progress=False)
 
 
 def weights(classifier: Classifier) -> Tensor:
@@ -118,9 +119,36 @@ def test_a_surrogate_takes_images_in_0_to_1(context: AttackContext, make_set) ->
 def test_without_a_name_the_surrogate_is_of_the_victims_architecture(context: AttackContext, make_set) -> None:
     victim = bbfast.models.build("small_cnn", 10, 16)
     own = dataclasses.replace(
-        context, fresh_model=lambda: victim, recipe=bbfast.Recipe.preset("quick", epochs=1, eval_every=0)
+        context, fresh_model=lambda seed: victim, recipe=bbfast.Recipe.preset("quick", epochs=1, eval_every=0)
     )
     assert type(clean_surrogate(own, make_set(64, 16), 10, SurrogateConfig(), 0).network) is type(victim)
+
+
+def test_the_surrogate_is_not_the_victims_twin(context: AttackContext, make_set) -> None:
+    """With the victim's seed it would start from the same weights and see the same batches."""
+    data = make_set(64, 16)
+    config, recipe = SurrogateConfig(**TINY), bbfast.Recipe.preset("quick", epochs=1, eval_every=0)
+    for other in (SurrogateConfig(surrogate_preset="quick", surrogate_epochs=1), config):
+        own = dataclasses.replace(context, fresh_model=lambda seed: seeded_model("small_cnn", 10, (3, 16, 16), seed))
+        victim = bbfast.train(own.fresh_model(0), data, recipe, seed=0, device="cpu", progress=False).model
+        surrogate = clean_surrogate(own, data, 10, other, 0).network
+        assert not torch.allclose(victim.conv1.weight, surrogate.conv1.weight, atol=0.05)
+
+
+def test_an_unknown_surrogate_is_refused_when_the_attack_is_made() -> None:
+    with pytest.raises(ConfigError, match=r"surrogate: unknown model 'smal_cnn'; did you mean .*'small_cnn'"):
+        SurrogateConfig(surrogate="smal_cnn")
+
+
+def test_a_preset_goes_by_the_model_that_is_trained(context: AttackContext) -> None:
+    config = SurrogateConfig(surrogate_preset="quick")
+    rates = {
+        name: config.surrogate_recipe(dataclasses.replace(context, model=name)).lr
+        for name in ("vgg19_bn", "preactresnet18")
+    }
+    assert rates == {"vgg19_bn": 0.01, "preactresnet18": 0.05}
+    named = SurrogateConfig(surrogate_preset="quick", surrogate="preactresnet18")
+    assert named.surrogate_recipe(dataclasses.replace(context, model="vgg19_bn")).lr == 0.05
 
 
 def test_pgd_stays_in_its_ball_and_raises_the_loss() -> None:

@@ -252,7 +252,7 @@ def surrogate_attack() -> Any:
         def fit(self, data: ImageSet, num_classes: int, seed: int, context: AttackContext | None) -> dict[str, Tensor]:
             if context is None:
                 raise DataRequirementError(f"{self.name} needs a surrogate; use bbfast.attack")
-            model = context.fresh_model().to(context.device)
+            model = context.fresh_model(seed).to(context.device)
             x = (data.images[:16].float() / 255).requires_grad_()
             model(x)[:, 0].sum().backward()
             assert x.grad is not None
