@@ -89,6 +89,20 @@ class Classifier(nn.Module):
         logits: Tensor = self.network(normalize(images, self.mean, self.std))
         return logits
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    def unnormalised(self) -> Classifier:
+        """The same network fed images in 0..1 as they are, as the reference implementation crafts its triggers."""
+        channels = len(self.mean)
+        return Classifier(self.network, (0.0,) * channels, (1.0,) * channels)
+
+    def describe(self) -> dict[str, Any]:
+        """What a prerequisite made with it is found by: weights and normalisation, fit for JSON."""
+        return {"weights": content_hash(self.network.state_dict()), "normalisation": [self.mean, self.std]}
+
 
 def clean_surrogate(
     context: AttackContext, data: ImageSet, num_classes: int, config: SurrogateConfig, seed: int
@@ -134,6 +148,10 @@ class PgdProgram(Program):
 
     def __init__(self, epsilon: float = 8 / 255, step: float = 2 / 255, steps: int = 10) -> None:
         self.epsilon, self.step, self.steps = epsilon, step, steps
+
+    def make_batch(self, batch: Batch) -> Batch:
+        # Overridden for what it brings: float32 pixels. In bf16 half a step of the attack is lost to rounding.
+        return batch
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
         start = torch.empty_like(batch.x).uniform_(-self.epsilon, self.epsilon)

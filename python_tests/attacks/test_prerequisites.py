@@ -116,6 +116,16 @@ def test_a_surrogate_takes_images_in_0_to_1(context: AttackContext, make_set) ->
     assert images.grad is not None and images.grad.abs().sum() > 0
 
 
+def test_a_surrogate_is_known_by_weights_and_normalisation(context: AttackContext, make_set) -> None:
+    data = dataclasses.replace(make_set(64, 16), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
+    config, images = SurrogateConfig(**TINY), data.images[:4].float() / 255
+    net = clean_surrogate(context, data, 10, config, 0)
+    assert net.describe() == clean_surrogate(context, data, 10, config, 0).describe()
+    assert net.describe() != clean_surrogate(context, data, 10, config, 1).describe()
+    assert net.describe() != net.unnormalised().describe()
+    torch.testing.assert_close(net.unnormalised()(images), net.network(images))
+
+
 def test_without_a_name_the_surrogate_is_of_the_victims_architecture(context: AttackContext, make_set) -> None:
     victim = bbfast.models.build("small_cnn", 10, 16)
     own = dataclasses.replace(
@@ -172,14 +182,15 @@ def test_adversarial_training_leaves_batchnorm_to_the_training_step(make_set) ->
     forward = model.forward
     model.forward = lambda x: (seen.append((model.training, x.detach().clone())), forward(x))[1]  # type: ignore[method-assign]
     data = make_set(8, 16)
-    recipe = bbfast.Recipe(epochs=1, batch_size=8, augment=False, eval_every=0, precision="fp32")
+    # In bf16 too the attack must see whole pixels: half a step of it would be lost to rounding.
+    recipe = bbfast.Recipe(epochs=1, batch_size=8, augment=False, eval_every=0, precision="bf16")
     bbfast.train(model, data, recipe, program=PgdProgram(steps=3), device="cpu", progress=False)
     modes = [mode for mode, x in seen if len(x) == 8]
     assert modes[-4:] == [False, False, False, True]
     attacked = next(x for mode, x in seen if mode)
     clean = {tuple(image.flatten().tolist()) for image in data.images}
     assert all(tuple((255 * image).flatten().tolist()) not in clean for image in attacked)
-    assert attacked.min() >= 0 and attacked.max() <= 1
+    assert attacked.min() >= 0 and attacked.max() <= 1 and attacked.dtype == torch.float32
 
 
 class NeedyConfig(SurrogateConfig):
