@@ -25,18 +25,27 @@ PSNR = {
     "badnets": (18, 45),
     "batt": (10, 30),
     "blended": (12, 30),
+    "lf": (15, 30),
     "tact": (15, 30),
     "wanet": (22, 50),
 }
 """Decibels between smooth random images and their triggered versions; every attack states its band here."""
 
 
-def settings_for(mode: str) -> dict[str, Any]:
-    return {"label_mode": mode, "source_classes": (1, 2) if mode == "one2one" else (), "ratio": 0.05}
+CHEAP: dict[str, dict[str, Any]] = {"lf": {"trigger": "random_lowpass"}}
+"""Settings that spare these tests a long preparation; what it makes is tested with the attack."""
+
+
+def settings_for(name: str, mode: str) -> dict[str, Any]:
+    return CHEAP.get(name, {}) | {
+        "label_mode": mode,
+        "source_classes": (1, 2) if mode == "one2one" else (),
+        "ratio": 0.05,
+    }
 
 
 def usual_mode(name: str) -> dict[str, Any]:
-    return settings_for(registry.get(name).card.label_modes[0])
+    return settings_for(name, registry.get(name).card.label_modes[0])
 
 
 def test_the_first_three_are_there() -> None:
@@ -127,7 +136,7 @@ def test_greyscale(name: str, make_set: MakeSet) -> None:
 @pytest.mark.parametrize(("name", "mode"), [(n, m) for n in NAMES for m in registry.get(n).card.label_modes])
 def test_poisoned_set(name: str, mode: str, make_set: MakeSet) -> None:
     data = make_set(400, size=16)
-    attack = attacks.create(name, **settings_for(mode))
+    attack = attacks.create(name, **settings_for(name, mode))
     poisoned = attack.poison(data, seed=1, num_classes=10)
     flags, role = poisoned.poisoned, poisoned.role
     assert int(flags.sum()) == 20 and torch.equal(flags, role == 1) and role.dtype == torch.int8
@@ -161,7 +170,7 @@ def test_poison_is_a_function_of_the_seed(name: str, make_set: MakeSet) -> None:
 @pytest.mark.parametrize(("name", "mode"), [(n, m) for n in NAMES for m in registry.get(n).card.label_modes])
 def test_backdoor_test_set(name: str, mode: str, make_set: MakeSet) -> None:
     data = make_set(60, size=16)
-    attack = attacks.create(name, **settings_for(mode))
+    attack = attacks.create(name, **settings_for(name, mode))
     attack.prepare(data, 10, seed=0)
     bad = attack.backdoor_test(data, seed=0, num_classes=10)
     expected = {
@@ -210,7 +219,7 @@ def test_bad_settings(name: str) -> None:
         attacks.create(name, label_mode="one2one", source_classes=(1,), target=1)
     for mode in set(LABEL_MODES) - set(registry.get(name).card.label_modes):
         with pytest.raises(ConfigError, match=f"label_mode must be one of .*, got {mode!r}"):
-            attacks.create(name, **settings_for(mode))
+            attacks.create(name, **settings_for(name, mode))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -228,7 +237,7 @@ def test_bad_data(name: str, make_set: MakeSet) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_trigger_arguments(name: str, make_set: MakeSet) -> None:
     data = make_set(8, size=16)
-    attack = attacks.create(name)
+    attack = attacks.create(name, **CHEAP.get(name, {}))
     attack.prepare(data, 10)
     with pytest.raises(TypeError, match="uint8 or float"):
         attack.trigger(data.images.to(torch.int32))
