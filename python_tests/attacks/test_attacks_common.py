@@ -27,12 +27,17 @@ PSNR = {
     "blended": (12, 30),
     "lf": (15, 30),
     "tact": (15, 30),
+    "trojannn": (12, 30),
     "wanet": (22, 50),
 }
 """Decibels between smooth random images and their triggered versions; every attack states its band here."""
 
 
-CHEAP: dict[str, dict[str, Any]] = {"lf": {"trigger": "random_lowpass"}}
+SURROGATE = {"surrogate": "small_cnn", "surrogate_preset": "quick", "surrogate_epochs": 1}
+CHEAP: dict[str, dict[str, Any]] = {
+    "lf": {"trigger": "random_lowpass"},
+    "trojannn": {**SURROGATE, "iterations": 5},
+}
 """Settings that spare these tests a long preparation; what it makes is tested with the attack."""
 
 
