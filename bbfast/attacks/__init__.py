@@ -38,7 +38,7 @@ def create(name: str, **config: Any) -> Attack:
     """An attack by name.
 
     Args:
-        name: One of :func:`available`, or an alias ("badnet", "inputaware").
+        name: One of :func:`available`, or an alias ("badnet", "inputaware", "ftrojann").
         **config: Settings that differ from the defaults; :func:`info` lists them.
 
     Raises:

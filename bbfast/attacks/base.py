@@ -39,7 +39,7 @@ registry: Registry[type[Attack]] = Registry(
     "attack",
     packages=("bbfast.attacks",),
     entry_points="bbfast.attacks",
-    aliases={"badnet": "badnets", "inputaware": "input_aware"},
+    aliases={"badnet": "badnets", "inputaware": "input_aware", "ftrojann": "ftrojan"},
 )
 
 

@@ -25,6 +25,7 @@ PSNR = {
     "badnets": (18, 45),
     "batt": (10, 30),
     "blended": (12, 30),
+    "ftrojan": (38, 46),
     "lf": (15, 30),
     "sig": (18.5, 20.5),
     "tact": (15, 30),
@@ -32,6 +33,9 @@ PSNR = {
     "wanet": (22, 50),
 }
 """Decibels between smooth random images and their triggered versions; every attack states its band here."""
+
+LEVELS = {"ftrojan": 3}
+"""How far uint8 may lie from the rounded float result, where not one level: FTrojan's YCrCb are bytes of their own."""
 
 
 SURROGATE = {"surrogate": "small_cnn", "surrogate_preset": "quick", "surrogate_epochs": 1}
@@ -117,7 +121,7 @@ def test_float_trigger_is_the_uint8_one_before_rounding(name: str, make_set: Mak
     exact = attack.trigger(data.images.float() / 255)
     assert exact.dtype == torch.float32
     levels = (exact * 255).round() - attack.trigger(data.images).float()
-    assert float(levels.abs().max()) <= 1
+    assert float(levels.abs().max()) <= LEVELS.get(name, 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
