@@ -142,6 +142,16 @@ class Attack(ABC):
         """Put on a batch what cross or cover samples carry; the trigger unless a method says otherwise."""
         return self.apply(images, index, stage)
 
+    def cover_rows(self, data: ImageSet, rows: Tensor, stage: Stage) -> Tensor:
+        """:meth:`cover` for samples of a set; methods whose cross samples need other images of the set override it.
+
+        Args:
+            data: The clean set.
+            rows: Positions in it, int64 ``[B]``.
+            stage: Training images or test images.
+        """
+        return self.cover(data.images[rows], data.ids[rows], stage)
+
     def select(self, labels: Tensor, rule: LabelRule, seed: int) -> tuple[Tensor, Tensor]:
         """Choose the training samples to poison and those that carry the trigger under their true label.
 
@@ -355,10 +365,11 @@ class Attack(ABC):
     def _materialise(self, train: ImageSet, rule: LabelRule, poison: Tensor, cross: Tensor) -> PoisonedSet:
         images, labels = train.images.clone(), train.labels.clone()
         role = torch.zeros_like(labels, dtype=torch.int8)
-        for rows, put, kind in ((poison, self.apply, Role.POISON), (cross, self.cover, Role.CROSS)):
-            role[rows] = int(kind)
-            for part in rows.split(_CHUNK):
-                images[part] = put(train.images[part], train.ids[part], "train")
+        role[poison], role[cross] = int(Role.POISON), int(Role.CROSS)
+        for part in poison.split(_CHUNK):
+            images[part] = self.apply(train.images[part], train.ids[part], "train")
+        for part in cross.split(_CHUNK):
+            images[part] = self.cover_rows(train, part, "train")
         labels[poison] = rule.given(train.labels[poison])
         return PoisonedSet(
             images=images,

@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 from bbfast import ops
 from bbfast.attacks._augment import TensorAugment, keep_layout
-from bbfast.attacks.base import Attack, AttackConfig, AttackContext, Stage, register_attack
+from bbfast.attacks._batches import BatchAttack, BatchProgram, poisoned_of
+from bbfast.attacks.base import AttackConfig, AttackContext, Stage, register_attack
 from bbfast.attacks.card import Card
-from bbfast.attacks.poisoning import LabelRule, PoisonedSet, Role, draw_index
+from bbfast.attacks.poisoning import LabelRule, PoisonedSet
 from bbfast.attacks.randomness import make_key, uniform
 from bbfast.data.imageset import ImageSet
-from bbfast.data.loader import Batch, derive_seed
-from bbfast.training.program import Program
+from bbfast.data.loader import Batch
 from bbfast.training.recipe import Recipe
 
 __all__ = ["WaNet", "WaNetProgram", "batch_counts", "noisy_grid"]
 
 
 @register_attack("wanet")
-class WaNet(Attack):
+class WaNet(BatchAttack):
     """Warps images by a fixed smooth field; each training batch holds warped, noisily warped (cross) and clean samples.
 
     The cross samples carry the field plus noise and keep their label, so that the model learns this one field and not
@@ -102,45 +102,24 @@ class WaNet(Attack):
     def cover(self, images: Tensor, index: Tensor, stage: Stage) -> Tensor:
         return self._warp(images, noisy_grid(self.tensor("grid", images), make_key("wanet", self.seed, stage), index))
 
-    def select(self, labels: Tensor, rule: LabelRule, seed: int) -> tuple[Tensor, Tensor]:
-        poison = self._select_poison(labels, rule, seed)
-        free = torch.ones_like(labels, dtype=torch.bool)
-        free[poison] = False
-        candidates = free.nonzero().flatten()
-        wanted = int(len(poison) * self.config.cross_ratio)
-        if self.config.count is None:
-            # The shares were checked to fit; what can be too much by then is the rounding of the first.
-            wanted = min(wanted, len(candidates))
-        elif wanted > len(candidates):
-            raise ValueError(
-                f"{self.name}: {len(poison)} poisoned samples with cross_ratio {self.config.cross_ratio} ask for "
-                f"{wanted} cross samples, but {len(candidates)} are left"
-            )
-        return poison, draw_index(candidates, wanted, derive_seed("cross", seed) % 2**32, self.config.index_rng)
+    def counts(self, batch: int, draw: float) -> tuple[int, int]:
+        assert self.config.ratio is not None
+        return batch_counts(self.config.ratio, self.config.cross_ratio, batch, draw)
+
+    def cross_count(self, poison: int, total: int) -> int:
+        return int(poison * self.config.cross_ratio)
 
     def program(self, rule: LabelRule) -> WaNetProgram | None:
         return WaNetProgram(self, rule) if self.config.mode == "training" else None
 
     def export_train(self, train: ImageSet, seed: int, num_classes: int, batch_size: int) -> PoisonedSet:
-        if self.config.mode == "data" or self.config.compat == "paper":
+        if self.config.mode == "data":
             return self.poison(train, seed, num_classes)
-        rule = self.rule(train.labels, num_classes)
-        self.prepare(train, num_classes, seed)
-        poison, cross = self._first_of_each_batch(len(train), batch_size, seed)
-        return self._materialise(train, rule, poison.to(train.device), cross.to(train.device))
-
-    def extra_tests(self, test: ImageSet, seed: int = 0, num_classes: int | None = None) -> dict[str, ImageSet]:
-        """``cross_acc``: every test image under the field plus noise, true labels; it should stay near C-Acc."""
-        self._make_ready(test, seed)
-        parts = [self.cover(test.images[p], test.ids[p], "test") for p in torch.arange(len(test)).split(4096)]
-        cross = ImageSet(torch.cat(parts), test.labels, mean=test.mean, std=test.std, ids=test.ids)
-        return {**super().extra_tests(test, seed, num_classes), "cross_acc": cross}
+        return super().export_train(train, seed, num_classes, batch_size)
 
     def recipe_overrides(self, recipe: Recipe) -> dict[str, Any]:
-        """MultiStep at 100, 200, 300, 400: with the 100 epochs of the protocol a constant rate."""
-        if self.config.mode == "data":
-            return {}
-        return {"schedule": "multistep", "milestones": (100, 200, 300, 400), "gamma": 0.1}
+        """As of the other attacks that control the training; ``mode='data'`` keeps the protocol's."""
+        return {} if self.config.mode == "data" else super().recipe_overrides(recipe)
 
     def _warp(self, images: Tensor, grid: Tensor) -> Tensor:
         if images.is_floating_point() or self.config.compat == "paper":
@@ -149,22 +128,8 @@ class WaNet(Attack):
         warped = ops.warp((images.float() / 255 - mean) / std, grid)
         return ((warped * std + mean) * 255).clamp(0, 255).to(torch.uint8)
 
-    def _first_of_each_batch(self, total: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
-        starts = torch.arange(0, total, batch_size)
-        sizes = [min(batch_size, total - int(start)) for start in starts]
-        draws = uniform(make_key("wanet export", seed), torch.arange(len(sizes))).tolist()
-        assert self.config.ratio is not None
-        counts = [
-            batch_counts(self.config.ratio, self.config.cross_ratio, b, u) for b, u in zip(sizes, draws, strict=True)
-        ]
-        pairs = list(zip(starts.tolist(), counts, strict=True))
-        empty = torch.empty(0, dtype=torch.int64)
-        poison = [torch.arange(start, start + n) for start, (n, _) in pairs]
-        cross = [torch.arange(start + n, start + n + m) for start, (n, m) in pairs]
-        return torch.cat([empty, *poison]), torch.cat([empty, *cross])
 
-
-class WaNetProgram(Program):
+class WaNetProgram(BatchProgram):
     """Makes WaNet's batches: the first samples of a shuffled batch warped and relabelled, the next noisily warped.
 
     Augmentation follows the poison (spec/attacks 0.6), so the loader's is off; images are warped after normalisation,
@@ -176,34 +141,17 @@ class WaNetProgram(Program):
     """
 
     augments_itself = True
-    drop_last = False
-
-    def __init__(self, attack: WaNet, rule: LabelRule) -> None:
-        self.attack, self.rule = attack, rule
+    attack: WaNet
 
     def start(self, model: nn.Module, train: ImageSet, recipe: Recipe, seed: int, device: torch.device) -> None:
         super().start(model, train, recipe, seed, device)
         c = self.attack.config
         self.grid = self.attack.tensors["grid"].to(device)
         self.augment = TensorAugment(c.random_crop, c.random_rotation, recipe.flip, per_sample=c.compat == "paper")
-        self.draws: list[float] = []
-
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "attack": repr(self.attack.config), "rule": repr(self.rule)}
-
-    def epoch_start(self, epoch: int, steps: int, batch_size: int) -> None:
-        # Drawn on the host for the whole epoch, so that no step has to wait for the device.
-        self.draws = uniform(make_key("wanet count", self.seed, epoch), torch.arange(steps)).tolist()
 
     def make_batch(self, batch: Batch) -> Batch:
-        c = self.attack.config
-        assert c.ratio is not None
-        poison, cross = batch_counts(c.ratio, c.cross_ratio, len(batch), self.draws[batch.step])
-        changed = poison + cross
-        x, y = batch.x, batch.y.clone()
-        role = torch.zeros(len(batch), dtype=torch.int8, device=y.device)
-        role[:poison], role[poison:changed] = int(Role.POISON), int(Role.CROSS)
-        y[:poison] = self.rule.given(y[:poison])
+        poison, cross, labels, role = self.roles(batch)
+        changed, x = poison + cross, batch.x
         if changed:
             key = make_key("wanet", self.seed, "epoch", batch.epoch)
             noisy = noisy_grid(self.grid, key, batch.index[poison:changed])
@@ -211,14 +159,11 @@ class WaNetProgram(Program):
             x = torch.cat([ops.warp(x[:changed], grids), x[changed:]])
         if self.recipe.augment:
             x = self.augment(x, batch.index, seed=self.seed, epoch=batch.epoch, step=batch.step)
-        return batch.replace(x=keep_layout(x, batch.x), y=y, role=role)
+        return batch.replace(x=keep_layout(x, batch.x), y=labels, role=role)
 
 
 def batch_counts(ratio: float, cross_ratio: float, batch: int, draw: float) -> tuple[int, int]:
-    """Poisoned and cross samples of a batch.
-
-    ``int(ratio * batch)`` as the reference has it (10 % of 128 is 12), or, if the product is below 1, one sample with
-    that probability.
+    """Poisoned and cross samples of a batch, see :func:`bbfast.attacks._batches.poisoned_of`.
 
     Args:
         ratio: Share of poisoned samples.
@@ -226,8 +171,7 @@ def batch_counts(ratio: float, cross_ratio: float, batch: int, draw: float) -> t
         batch: Size of the batch.
         draw: Uniform number in [0, 1) of this step.
     """
-    expected = ratio * batch
-    poison = int(expected) if expected >= 1 else int(draw < expected)
+    poison = poisoned_of(ratio, batch, draw)
     return poison, min(int(poison * cross_ratio), batch - poison)
 
 
