@@ -227,7 +227,13 @@ class _Run:
         recipe = self.recipe
         self.optimizer = make_optimizer(self.model.parameters(), recipe)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.schedule = Schedule(recipe, steps)
+        self.schedule_start = self.program.schedule_start(recipe)
+        if not 0 <= self.schedule_start <= recipe.epochs:
+            raise ValueError(
+                f"schedule_start of {type(self.program).__name__} must lie in 0..{recipe.epochs}, the recipe's epochs, "
+                f"got {self.schedule_start}"
+            )
+        self.schedule = Schedule(recipe.replace(epochs=recipe.epochs - self.schedule_start), steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.numerics.dtype == torch.float16)
         runnable = self.model
         if recipe.compile:
@@ -235,6 +241,7 @@ class _Run:
         eager = EagerStep(runnable, self.program, self.numerics, self.device, self.scaler, self.parameters)
         self.step = make_step(recipe, eager)
         seed_generators(derive_seed("start", self.seed), self.device)
+        self.program.optimizer = self.optimizer
         self.program.start(self.model, self.train, recipe, self.seed, self.device)
 
     def _epoch(self, epoch: int, bar: _progress.Bar) -> dict[str, Any]:
@@ -253,7 +260,8 @@ class _Run:
                 f"the training loss became {row['loss']} in epoch {epoch} (learning rate {row['lr']:g}, precision "
                 f"{self.numerics.precision}); lower lr, set clip_grad_norm, or use precision='fp32'"
             )
-        self.schedule.epoch_done(row["loss"])
+        if epoch >= self.schedule_start:
+            self.schedule.epoch_done(row["loss"])
         row |= self.program.epoch_end(epoch, self.model)
         row["seconds"] = time.perf_counter() - started
         return row
@@ -272,7 +280,8 @@ class _Run:
         self.program.after_step(self.model)
 
     def _set_lr(self, epoch: int, step: int) -> None:
-        lr = self.schedule.lr(epoch, step)
+        waiting = epoch < self.schedule_start
+        lr = self.recipe.lr if waiting else self.schedule.lr(epoch - self.schedule_start, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 

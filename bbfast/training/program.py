@@ -46,6 +46,8 @@ class Program:
     train: ImageSet
     seed: int
     device: torch.device
+    optimizer: torch.optim.Optimizer
+    """The model's optimiser, there from :meth:`start` on; the engine sets its learning rate before each step."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -63,6 +65,13 @@ class Program:
             device: Where training happens.
         """
         self.train, self.recipe, self.seed, self.device = train, recipe, seed, device
+
+    def schedule_start(self, recipe: Recipe) -> int:
+        """Epoch in which the recipe's schedule begins; it spans the rest, and the rate is ``recipe.lr`` before.
+
+        For programs that begin with a stage of their own. Called before :meth:`start`; may refuse the recipe.
+        """
+        return 0
 
     def epoch_start(self, epoch: int, steps: int, batch_size: int) -> None:
         """Called before the first batch of an epoch of ``steps`` batches; draw an epoch's random numbers here."""

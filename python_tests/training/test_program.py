@@ -169,3 +169,39 @@ def test_state_of_another_program_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Program keeps no state, but the checkpoint holds \['mask'\]"):
         Program().load_state({"mask": torch.zeros(1)})
     Program().load_state({})
+
+
+class Late(Program):
+    """Begins with stages of its own, in which nothing is learned that a plateau could see."""
+
+    def __init__(self, wait: int) -> None:
+        self.wait = wait
+        self.rates: list[float] = []
+
+    def schedule_start(self, recipe: Recipe) -> int:
+        return self.wait
+
+    def start(self, model: nn.Module, train: ImageSet, recipe: Recipe, seed: int, device: torch.device) -> None:
+        assert isinstance(self.optimizer, torch.optim.SGD)
+        super().start(model, train, recipe, seed, device)
+
+    def after_step(self, model: nn.Module) -> None:
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        loss, logits = super().loss(model, batch)
+        return (loss, logits) if batch.epoch >= self.wait else (loss / 1000, logits)
+
+
+def test_the_schedule_can_begin_later(make_set: MakeSet, make_net: MakeNet, recipe: Recipe) -> None:
+    recipe = recipe.replace(epochs=5, schedule="cosine", batch_size=32)
+    late = Late(2)
+    train(make_net(), make_set(32), recipe, program=late, device="cpu")
+    assert late.rates == pytest.approx([0.1, 0.1, 0.1, 0.075, 0.025])
+    # The losses of the first epochs are not the schedule's: the rate falls only once the later ones stop falling.
+    late = Late(2)
+    train(make_net(), make_set(32), recipe.replace(schedule="plateau", patience=0), program=late, device="cpu")
+    assert late.rates == pytest.approx([0.1] * 5)
+    for wait in (-1, 6):
+        with pytest.raises(ValueError, match=rf"schedule_start of Late must lie in 0\.\.5, .* got {wait}"):
+            train(make_net(), make_set(32), recipe, program=Late(wait), device="cpu")
