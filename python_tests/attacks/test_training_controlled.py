@@ -19,6 +19,8 @@ from bbfast.training.checkpoint import Checkpoints
 CASES: dict[str, dict[str, Any]] = {
     "bpp": {},
     "bpp-reference": {"compat": "reference"},
+    "input_aware": {},
+    "input_aware-reference": {"compat": "reference"},
     "wanet": {},
 }
 RECIPE = Recipe(
@@ -43,7 +45,7 @@ class CrashAt:
 
 @pytest.fixture
 def data(make_set: Callable[..., ImageSet]) -> DataPair:
-    train, test = make_set(160, size=16, classes=4), make_set(60, size=16, classes=4, seed=1)
+    train, test = make_set(48, size=16, classes=4), make_set(16, size=16, classes=4, seed=1)
     return DataPair(train, test, name="smooth")
 
 
@@ -65,9 +67,7 @@ def test_interrupted_runs_end_with_the_same_bits(
     monkeypatch.setattr(Checkpoints, "due", lambda self, last: self.active)
     whole = run(case, data)
     with pytest.raises(CrashError):
-        run(case, data, tmp_path / "one", CrashAt(1))
-    with pytest.raises(CrashError):
-        run(case, data, tmp_path / "one", CrashAt(3))
+        run(case, data, tmp_path / "one", CrashAt(2))
     for resumed in (
         run(case, data, tmp_path / "one"),
         run(case, data, tmp_path / "one"),
