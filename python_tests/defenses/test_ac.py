@@ -21,11 +21,15 @@ from bbfast import defenses, metrics
 from bbfast.attacks.result import AttackResult
 from bbfast.data.imageset import ImageSet
 from bbfast.defenses import DefenseResult
-from bbfast.defenses.detection._clusters import ClassClusters
+from bbfast.defenses.detection._clusters import (
+    ClassClusters,
+    class_medians,
+    membership_margin,
+    nearer_to_another_class,
+)
 from bbfast.defenses.detection._exre import Reclassified, judge, reclassify
 from bbfast.defenses.detection._kmeans import kmeans
 from bbfast.defenses.detection._silhouette import silhouette
-from bbfast.defenses.detection.ac import class_medians, membership_margin, nearer_to_another_class
 from bbfast.defenses.view import DataFacts, DefenderView, Grants
 from bbfast.errors import ConfigError, DataRequirementError, UnsupportedModelError
 

@@ -12,7 +12,7 @@ from bbfast.defenses.detection._kmeans import kmeans, split_starts
 from bbfast.defenses.detection._reduce import principal_axes
 from bbfast.defenses.detection._silhouette import silhouette
 
-__all__ = ["ClassClusters", "cluster_classes"]
+__all__ = ["ClassClusters", "class_medians", "cluster_classes", "membership_margin", "nearer_to_another_class"]
 
 # Points of one batch of classes, padding included: as many as stay in a processor's cache, or as keep a GPU busy. Its
 # largest class may have twice the points of its smallest.
@@ -124,6 +124,72 @@ def cluster_classes(
             some = some.to(device)
             silhouettes[s] = silhouette(x[some], y[some], k)
     return ClassClusters(scored, slot, cluster, sizes, centers, squared, silhouettes, inertia)
+
+
+def membership_margin(clusters: ClassClusters, suspicious: Tensor, weight: Tensor) -> Tensor:
+    """How far a sample lies from its class's main cluster towards another, times that cluster's weight.
+
+    ``(|x - main|^2 - |x - c|^2) / |main - c|^2`` is -1 at the main centre, 0 half way and +1 at ``c``. The main cluster
+    is the largest one that is not suspicious. The largest product over the other clusters counts.
+
+    Args:
+        clusters: Clusters of the classes.
+        suspicious: bool ``[S, k]``.
+        weight: float64 ``[S, k]``, not negative.
+
+    Returns:
+        float64 ``[N]``; NaN for samples of classes that were not clustered, minus the weight where a class has one
+        cluster.
+    """
+    size, k = suspicious.shape
+    score = torch.full(clusters.slot.shape, torch.nan, dtype=torch.float64, device=weight.device)
+    if size == 0:
+        return score
+    free = ~suspicious & (clusters.sizes > 0)
+    main = torch.where(free.any(dim=1), free.int().argmax(dim=1), 0)
+    rows = torch.arange(size, device=weight.device)
+    gap = (clusters.centers - clusters.centers[rows, main][:, None]).square().sum(dim=-1)
+    other = (clusters.sizes > 0) & (torch.arange(k, device=weight.device) != main[:, None])
+    known = clusters.slot >= 0
+    slot, squared = clusters.slot[known], clusters.squared[known]
+    margin = (squared.gather(1, main[slot][:, None]) - squared) / gap[slot].clamp(min=1e-300)
+    towards = torch.where(other[slot], margin * weight[slot], -torch.inf).amax(dim=1)
+    alone = -weight[rows, main][slot]
+    score[known] = torch.where(other.any(dim=1)[slot], towards, alone)
+    return score
+
+
+def class_medians(features: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Coordinate-wise median of each group's rows, ``[count, d]``; NaN for a group without rows.
+
+    Args:
+        features: ``[N, d]``.
+        groups: int64 ``[N]``, 0..count-1, or -1 for rows of no group.
+        count: Groups.
+    """
+    medians = torch.full((count, features.shape[1]), torch.nan, dtype=features.dtype, device=features.device)
+    for group in range(count):
+        rows = features[groups == group]
+        if len(rows):
+            ordered = rows.sort(dim=0).values
+            medians[group] = (ordered[(len(rows) - 1) // 2] + ordered[len(rows) // 2]) / 2
+    return medians
+
+
+def nearer_to_another_class(clusters: ClassClusters, features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Clusters whose median lies nearer to another class's median than to that of their own class; bool ``[S, k]``.
+
+    In the full feature space: the classes' reduced spaces have nothing to do with each other.
+    """
+    size, k = clusters.sizes.shape
+    centres = class_medians(features, labels, num_classes)
+    group = torch.where(clusters.slot >= 0, clusters.slot * k + clusters.cluster, -1)
+    medians = class_medians(features, group, size * k)
+    distance = torch.cdist(medians.double(), centres.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    own_class = clusters.classes.repeat_interleave(k)[:, None]
+    own = distance.gather(1, own_class)[:, 0]
+    others = distance.nan_to_num(nan=torch.inf).scatter(1, own_class, torch.inf).amin(dim=1)
+    return (others < own).view(size, k)
 
 
 def _batches(counts: Tensor, most: int) -> Iterator[Tensor]:

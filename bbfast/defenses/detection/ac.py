@@ -11,15 +11,21 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bbfast.defenses._content import content_keys
+from bbfast.defenses._retrain import demand_recipe, retrain
 from bbfast.defenses.base import Defense, DefenseConfig, register_defense
 from bbfast.defenses.card import DefenseCard
-from bbfast.defenses.detection._clusters import ClassClusters, cluster_classes
+from bbfast.defenses.detection._clusters import (
+    ClassClusters,
+    cluster_classes,
+    membership_margin,
+    nearer_to_another_class,
+)
 from bbfast.defenses.detection._exre import Reclassified, judge, reclassify
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.view import DefenderView
-from bbfast.errors import DataRequirementError, UnsupportedModelError
+from bbfast.errors import UnsupportedModelError
 
-__all__ = ["AC", "class_medians", "membership_margin", "nearer_to_another_class"]
+__all__ = ["AC"]
 
 _log = logging.getLogger(__name__)
 
@@ -130,8 +136,8 @@ class AC(Defense):
             return max(20, 2 * self.n_dims) if self.min_samples is None else max(self.min_samples, self.n_clusters)
 
     def check(self, view: DefenderView) -> None:
-        if (self.config.retrain or self.config.analysis == "exre") and view.recipe is None:
-            raise DataRequirementError("ac trains models, but this run has no recipe; give recipe=, or retrain=False")
+        if self.config.retrain or self.config.analysis == "exre":
+            demand_recipe(view, "ac", ", or retrain=False")
 
     def run(self, view: DefenderView) -> DefenseResult:
         cfg, data = self.config, view.poisoned_train
@@ -176,7 +182,7 @@ class AC(Defense):
         model: nn.Module | None = None
         history: list[dict[str, Any]] = []
         if cfg.retrain:
-            model, history = self._retrain(view, ~flags, "retrain")
+            model, history = retrain(view, ~flags, "ac")
             lap("retrain")
         return DefenseResult(
             kind=self.card.kinds[0],
@@ -222,29 +228,8 @@ class AC(Defense):
     def _reclassify(self, view: DefenderView, round_: int, keep: Tensor, out: Tensor) -> Tensor:
         from bbfast.training import predict
 
-        model, _ = self._retrain(view, keep, f"exre-{round_}")
+        model, _ = retrain(view, keep, "ac", f"exre-{round_}")
         return predict(model, view.poisoned_train.subset(out.cpu()), device=view.device)
-
-    def _retrain(self, view: DefenderView, keep: Tensor, stage: str) -> tuple[nn.Module, list[dict[str, Any]]]:
-        from bbfast.training import train
-
-        assert view.recipe is not None  # check() saw to it
-        rest = view.poisoned_train.subset(keep.cpu())
-        if len(rest) == 0:
-            raise DataRequirementError(
-                f"ac: analysis {self.config.analysis!r} flagged all samples, nothing is left to train on"
-            )
-        done = train(
-            view.fresh_model(),
-            rest,
-            view.recipe,
-            seed=view.seed,
-            device=view.device,
-            checkpoint=None if view.checkpoint is None else view.checkpoint / stage,
-            progress=view.progress,
-            description=f"ac {stage}",
-        )
-        return done.model, done.history
 
     def _verdict(self, clusters: ClassClusters, suspicious: Tensor) -> dict[str, Any]:
         if self.config.analysis == "smaller":
@@ -272,72 +257,6 @@ class AC(Defense):
             "unscored": [c for c in present if c not in set(names)],
             "removed": int(flags.sum()),
         }
-
-
-def membership_margin(clusters: ClassClusters, suspicious: Tensor, weight: Tensor) -> Tensor:
-    """How far a sample lies from its class's main cluster towards another, times that cluster's weight.
-
-    ``(|x - main|^2 - |x - c|^2) / |main - c|^2`` is -1 at the main centre, 0 half way and +1 at ``c``. The main cluster
-    is the largest one that is not suspicious. The largest product over the other clusters counts.
-
-    Args:
-        clusters: Clusters of the classes.
-        suspicious: bool ``[S, k]``.
-        weight: float64 ``[S, k]``, not negative.
-
-    Returns:
-        float64 ``[N]``; NaN for samples of classes that were not clustered, minus the weight where a class has one
-        cluster.
-    """
-    size, k = suspicious.shape
-    score = torch.full(clusters.slot.shape, torch.nan, dtype=torch.float64, device=weight.device)
-    if size == 0:
-        return score
-    free = ~suspicious & (clusters.sizes > 0)
-    main = torch.where(free.any(dim=1), free.int().argmax(dim=1), 0)
-    rows = torch.arange(size, device=weight.device)
-    gap = (clusters.centers - clusters.centers[rows, main][:, None]).square().sum(dim=-1)
-    other = (clusters.sizes > 0) & (torch.arange(k, device=weight.device) != main[:, None])
-    known = clusters.slot >= 0
-    slot, squared = clusters.slot[known], clusters.squared[known]
-    margin = (squared.gather(1, main[slot][:, None]) - squared) / gap[slot].clamp(min=1e-300)
-    towards = torch.where(other[slot], margin * weight[slot], -torch.inf).amax(dim=1)
-    alone = -weight[rows, main][slot]
-    score[known] = torch.where(other.any(dim=1)[slot], towards, alone)
-    return score
-
-
-def class_medians(features: Tensor, groups: Tensor, count: int) -> Tensor:
-    """Coordinate-wise median of each group's rows, ``[count, d]``; NaN for a group without rows.
-
-    Args:
-        features: ``[N, d]``.
-        groups: int64 ``[N]``, 0..count-1, or -1 for rows of no group.
-        count: Groups.
-    """
-    medians = torch.full((count, features.shape[1]), torch.nan, dtype=features.dtype, device=features.device)
-    for group in range(count):
-        rows = features[groups == group]
-        if len(rows):
-            ordered = rows.sort(dim=0).values
-            medians[group] = (ordered[(len(rows) - 1) // 2] + ordered[len(rows) // 2]) / 2
-    return medians
-
-
-def nearer_to_another_class(clusters: ClassClusters, features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Clusters whose median lies nearer to another class's median than to that of their own class; bool ``[S, k]``.
-
-    In the full feature space: the classes' reduced spaces have nothing to do with each other.
-    """
-    size, k = clusters.sizes.shape
-    centres = class_medians(features, labels, num_classes)
-    group = torch.where(clusters.slot >= 0, clusters.slot * k + clusters.cluster, -1)
-    medians = class_medians(features, group, size * k)
-    distance = torch.cdist(medians.double(), centres.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    own_class = clusters.classes.repeat_interleave(k)[:, None]
-    own = distance.gather(1, own_class)[:, 0]
-    others = distance.nan_to_num(nan=torch.inf).scatter(1, own_class, torch.inf).amin(dim=1)
-    return (others < own).view(size, k)
 
 
 def _describe(clusters: ClassClusters, found: Reclassified) -> dict[int, list[dict[str, Any]]]:
