@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bbfast.defenses.base import Defense, DefenseConfig, available, create, find, info, register_defense
 from bbfast.defenses.card import DefenseCard
+from bbfast.defenses.compose import filter_and_retrain, unlearn
 from bbfast.defenses.features import FeatureCache
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.run import defend
@@ -19,7 +20,9 @@ __all__ = [
     "available",
     "create",
     "defend",
+    "filter_and_retrain",
     "find",
     "info",
     "register_defense",
+    "unlearn",
 ]

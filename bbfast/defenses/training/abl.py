@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,9 +15,10 @@ from bbfast.defenses._content import content_keys
 from bbfast.defenses.base import Defense, DefenseConfig, register_defense
 from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.result import DefenseResult
-from bbfast.defenses.training._abl_programs import Ascent, AscentLimit, AscentStopped, Isolation, sample_losses
+from bbfast.defenses.training._abl_programs import Isolation, sample_losses
+from bbfast.defenses.training._unlearn import ascend, sgd_recipe
 from bbfast.defenses.view import DefenderView
-from bbfast.errors import DataRequirementError, DivergedError
+from bbfast.errors import DataRequirementError
 from bbfast.training import Program, Recipe, train
 
 __all__ = ["ABL"]
@@ -168,11 +168,9 @@ class ABL(Defense):
         isolated[losses.argsort(stable=True)[: int(cfg.isolation_ratio * len(data))]] = True
 
         model = phases.run("finetune", model, data.subset(~isolated), phases.finetune(), None)
-        forgotten = data.subset(isolated)
-        limit = (
-            [] if cfg.ascent_stop is None else [AscentLimit(forgotten, cfg.ascent_stop, view.num_classes, view.device)]
-        )
-        model = phases.run("unlearn", model, forgotten, phases.unlearn(), Ascent(), limit)
+        clock = time.perf_counter()
+        unlearned = ascend(view, model, data.subset(isolated), phases.unlearn(), cfg.ascent_stop, "abl", "isolated")
+        phases.note("unlearn", unlearned.rows, time.perf_counter() - clock)
 
         scores, flags = torch.empty(len(data)), torch.empty(len(data), dtype=torch.bool)
         scores[order.cpu()], flags[order.cpu()] = -losses.float(), isolated
@@ -186,7 +184,7 @@ class ABL(Defense):
             info={
                 "seconds": phases.seconds,
                 "isolated": int(isolated.sum()),
-                "unlearn_epochs": phases.epochs["unlearn"],
+                "unlearn_epochs": unlearned.epochs,
             },
         )
 
@@ -198,23 +196,7 @@ class _Phases:
         self.view, self.cfg = view, cfg
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
-        self.epochs: dict[str, int] = {}
-        self._base = (view.recipe or Recipe()).replace(
-            batch_size=cfg.batch_size,
-            optimizer="sgd",
-            momentum=0.9,
-            nesterov=False,
-            weight_decay=cfg.weight_decay,
-            schedule="constant",
-            label_smoothing=0.0,
-            flooding=0.0,
-            clip_grad_norm=None,
-            drop_last=False,
-            augment=True,
-            padding=view.padding,
-            flip=view.flip,
-            eval_every=0,
-        )
+        self._base = sgd_recipe(view, cfg.batch_size, cfg.weight_decay)
 
     def isolation(self) -> Recipe:
         cfg = self.cfg
@@ -233,39 +215,22 @@ class _Phases:
     def unlearn(self) -> Recipe:
         return self._base.replace(epochs=self.cfg.unlearn_epochs, lr=self.cfg.lr_unlearn)
 
-    def run(
-        self,
-        name: str,
-        model: nn.Module,
-        data: ImageSet,
-        recipe: Recipe,
-        program: Program | None,
-        callbacks: Sequence[Any] = (),
-    ) -> nn.Module:
+    def run(self, name: str, model: nn.Module, data: ImageSet, recipe: Recipe, program: Program | None) -> nn.Module:
         view, clock = self.view, time.perf_counter()
-        try:
-            done = train(
-                model,
-                data,
-                recipe,
-                seed=view.seed,
-                device=view.device,
-                callbacks=callbacks,
-                program=program,
-                checkpoint=None if view.checkpoint is None else view.checkpoint / name,
-                progress=view.progress,
-                description=f"abl {name}",
-            )
-            rows, epochs = done.history, recipe.epochs
-        except DivergedError as error:
-            if not isinstance(program, Ascent):
-                raise
-            raise DivergedError(
-                f"abl: gradient ascent on {len(data)} isolated samples diverged; end it in time with ascent_stop=10, "
-                "or lower lr_unlearn or unlearn_epochs"
-            ) from error
-        except AscentStopped as stop:
-            rows, epochs = stop.rows, stop.epochs
-        self.seconds[name], self.epochs[name] = time.perf_counter() - clock, epochs
-        self.history += [{"phase": name, **row} for row in rows]
+        done = train(
+            model,
+            data,
+            recipe,
+            seed=view.seed,
+            device=view.device,
+            program=program,
+            checkpoint=None if view.checkpoint is None else view.checkpoint / name,
+            progress=view.progress,
+            description=f"abl {name}",
+        )
+        self.note(name, done.history, time.perf_counter() - clock)
         return model
+
+    def note(self, name: str, rows: list[dict[str, Any]], seconds: float) -> None:
+        self.seconds[name] = seconds
+        self.history += [{"phase": name, **row} for row in rows]
