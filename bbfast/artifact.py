@@ -107,7 +107,7 @@ def write(
     recorded = to_json(dict(meta or {}), "meta")
     stored = {_check_name("tensors", stem): _storable(stem, named) for stem, named in (tensors or {}).items()}
     _check_place(folder, overwrite)
-    with _explained(folder), _atomic.new_folder(folder, replace=overwrite) as temp:
+    with explained(folder), _atomic.new_folder(folder, replace=overwrite) as temp:
         for name, data in documents.items():
             _atomic.write_bytes(temp / name, data)
         for stem, named in stored.items():
@@ -190,7 +190,7 @@ def _check_name(argument: str, name: str) -> str:
 
 
 def _check_place(folder: Path, overwrite: bool) -> None:
-    with _explained(folder):
+    with explained(folder):
         if folder.exists() and not folder.is_dir():
             raise ArtifactError(f"cannot write {folder}: it is a file; choose another folder")
         occupied = folder.is_dir() and any(folder.iterdir())
@@ -206,7 +206,7 @@ def _check_place(folder: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path) -> Iterator[None]:
     """Failures of the file system as an ArtifactError that names the place and what to do."""
     try:
         yield

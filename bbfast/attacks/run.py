@@ -189,17 +189,27 @@ def _config(
         "attack_files": method.files(),
         "model": {"name": _name(asked)} if spec is None else spec.to_dict(),
         "recipe": recipe.model_dump(mode="json"),
-        "data": {
-            "name": data.name,
-            "fingerprint": data.fingerprint,
-            "num_classes": data.num_classes,
-            "class_names": list(data.class_names),
-            "image_size": list(data.image_size),
-            "mean": list(data.mean),
-            "std": list(data.std),
-            "flip": data.flip,
-            "padding": data.padding,
-        },
+        "data": data_record(data),
         "seed": seed,
-        "versions": {"bbfast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
     }
+
+
+def data_record(data: DataPair) -> dict[str, Any]:
+    """What a result records about its data."""
+    return {
+        "name": data.name,
+        "fingerprint": data.fingerprint,
+        "num_classes": data.num_classes,
+        "class_names": list(data.class_names),
+        "image_size": list(data.image_size),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "flip": data.flip,
+        "padding": data.padding,
+    }
+
+
+def versions() -> dict[str, str]:
+    """What a result records about the software that made it."""
+    return {"bbfast": __version__, "torch": torch.__version__, "python": platform.python_version()}
