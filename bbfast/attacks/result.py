@@ -80,7 +80,12 @@ class AttackResult:
 
         Raises:
             UnknownNameError: if the package that brought the attack is not installed.
+            DataRequirementError: if the result holds no trigger, as one imported from another program.
         """
+        if not self.trigger_state:
+            raise DataRequirementError(
+                "this result holds no trigger that could be put on other images: it was imported, and the file has none"
+            )
         method = registry.get(self.config["attack"])(**self.config["attack_config"])
         method.load_state(self.trigger_state)
         return method

@@ -38,7 +38,7 @@ def _table(rows: Sequence[Row], title: str) -> Table:
     table.add_column("Sec.", justify="right", no_wrap=True)
     for row in rows:
         cells = [_percent(row.metrics.get(column.key)) for column in used]
-        seconds = f"{row.seconds:.1f}" + ("*" if row.reused else "")
+        seconds = (f"{row.seconds:.1f}" if _defined(row.seconds) else "-") + ("*" if row.reused else "")
         table.add_row(escape(row.name), row.kind, *cells, seconds, end_section=row.kind == "attack" and len(rows) > 1)
     return table
 

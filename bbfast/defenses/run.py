@@ -300,6 +300,12 @@ def _training_set(defense: Defense, attack: AttackResult) -> ImageSet:
         raise DataRequirementError(
             f"defense {defense.name!r} is not applicable: it needs the training set, and this attack's result has none"
         )
+    imported = attack.config.get("imported")
+    if "poisoned_train" in defense.card.needs and imported and not imported["poisoned_train"]:
+        raise DataRequirementError(
+            f"defense {defense.name!r} is not applicable: it needs the poisoned training set, and this imported result "
+            "has a clean one only"
+        )
     return train
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bbfast.errors import UnknownNameError
 from bbfast.report.figures import anomaly_bars, loss_curve, rate_curves
 from bbfast.report.images import png_uri, to_uint8
 from bbfast.report.page import Example, Picture, Row, RunPage
@@ -40,9 +42,12 @@ def attack_row(result: AttackResult, reused: bool = False) -> Row:
     """The undefended model's line of the table."""
     from bbfast import attacks
 
-    name = str(result.config["attack"])
+    name = title = str(result.config["attack"])
+    # An imported result's attack may be unknown, and the package that brought an attack may be gone.
+    with contextlib.suppress(UnknownNameError):
+        title = str(attacks.info(name)["title"])
     metrics = {key: result.metrics.get(key) for key in ("c_acc", "asr", "r_acc")}
-    return Row(name, str(attacks.info(name)["title"]), "attack", metrics, float(result.metrics["seconds"]), reused)
+    return Row(name, title, "attack", metrics, float(result.metrics["seconds"]), reused)
 
 
 def defense_row(done: Finished) -> Row:
@@ -77,7 +82,7 @@ def run_page(
     settings: dict[str, Mapping[str, Any]] = {
         f"Attack: {config['attack']}": config["attack_config"],
         "Data": {key: config["data"][key] for key in ("name", "num_classes", "image_size", "mean", "std")},
-        "Training": config["recipe"],
+        "Training": config["recipe"] or {},
         **{f"Defense: {done.name}": done.result.config.get("defense_config", {}) for done in defenses},
     }
     charts = [loss_curve(attack.history), rate_curves(attack.history)]
