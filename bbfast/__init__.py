@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bbfast._version import __version__
 
 if TYPE_CHECKING:
-    from bbfast import attacks, datasets, defenses, errors, metrics, models, ops, transforms
+    from bbfast import attacks, datasets, defenses, errors, interop, metrics, models, ops, transforms
     from bbfast.attacks import AttackResult, PoisonedSet, attack
     from bbfast.data import BackdoorSet, DataPair, ImageSet
     from bbfast.defenses import DefenderView, DefenseResult, defend
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bbfast.store import Store
     from bbfast.training import Recipe, TrainResult, predict, train
 
-_MODULES = ("attacks", "datasets", "defenses", "errors", "metrics", "models", "ops", "transforms")
+_MODULES = ("attacks", "datasets", "defenses", "errors", "interop", "metrics", "models", "ops", "transforms")
 _NAMES = {
     "AttackResult": "bbfast.attacks",
     "BackdoorSet": "bbfast.data",
@@ -58,6 +58,7 @@ __all__ = [
     "defenses",
     "errors",
     "evaluate",
+    "interop",
     "metrics",
     "models",
     "ops",

@@ -22,6 +22,7 @@ __all__ = [
     "DivergedError",
     "NewerFormatError",
     "UnknownNameError",
+    "UnsafeFileError",
     "UnsupportedModelError",
     "nearest",
 ]
@@ -68,6 +69,10 @@ class CorruptArtifactError(ArtifactError):
 
 class NewerFormatError(ArtifactError):
     """A result folder was written by a newer bbfast than this one."""
+
+
+class UnsafeFileError(ArtifactError):
+    """A file of somebody else's asks for code to be run; it was not."""
 
 
 class UnsupportedModelError(BBFastError):

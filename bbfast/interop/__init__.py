@@ -1,0 +1,7 @@
+"""Results of other programs, in and out."""
+
+from __future__ import annotations
+
+from bbfast.interop import backdoorbench
+
+__all__ = ["backdoorbench"]
