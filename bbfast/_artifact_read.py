@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 
 MANIFEST, LOG, TENSORS = "manifest.json", "log.jsonl", ".safetensors"
 _REMOVE = "remove the folder and make it again"
-_ATTEMPTS = 5
+_ATTEMPTS = 20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -157,12 +157,13 @@ def _locate(folder: Path) -> Path:
     return old if not folder.exists() and (old / MANIFEST).is_file() else folder
 
 
-def _identity(place: Path) -> tuple[int, int] | None:
+def _identity(place: Path) -> tuple[int, int, int] | None:
     try:
         status = place.stat()
     except OSError:
         return None
-    return status.st_dev, status.st_ino
+    # A folder that replaces a removed one may get its inode; the time of its last file tells them apart.
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def _read_manifest(place: Path) -> dict[str, Any]:
