@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bbfast import attacks, datasets, ops
+from bbfast import Recipe, attacks, datasets, ops
 from bbfast.attacks.ftrojan import FTrojan, natural_window
 from bbfast.data.imageset import ImageSet
 from bbfast.errors import ConfigError
@@ -143,7 +143,7 @@ def test_gradients_reach_the_image() -> None:
 
 
 def test_backdoor_is_learned_on_digits() -> None:
-    """The default of 30 is not, within the quick preset's 345 steps: see docs/results.md."""
-    attack = attacks.create("ftrojan", magnitude=100)
-    result = attacks.attack(attack, datasets.load("digits"), "small_cnn", "quick", device="cpu", progress=False)
+    """Random crops shift the pattern against its blocks, which the quick preset's few steps do not overcome."""
+    recipe = Recipe.preset("quick", dataset="digits", model="small_cnn").replace(augment=False)
+    result = attacks.attack("ftrojan", datasets.load("digits"), "small_cnn", recipe, device="cpu", progress=False)
     assert result.metrics["c_acc"] >= 0.95 and result.metrics["asr"] >= 0.8
