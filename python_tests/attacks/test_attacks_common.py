@@ -26,6 +26,7 @@ PSNR = {
     "batt": (10, 30),
     "blended": (12, 30),
     "bpp": (25, 32),
+    "ctrl": (30, 35),
     "ftrojan": (38, 46),
     "input_aware": (5, 25),
     "lf": (15, 30),
