@@ -27,6 +27,7 @@ PSNR = {
     "blended": (12, 30),
     "bpp": (25, 32),
     "ctrl": (30, 35),
+    "fiba": (18, 36),
     "ftrojan": (38, 46),
     "input_aware": (5, 25),
     "lf": (15, 30),
