@@ -31,6 +31,7 @@ PSNR = {
     "ftrojan": (38, 46),
     "input_aware": (5, 25),
     "lf": (15, 30),
+    "refool": (15, 32),
     "sig": (18.5, 20.5),
     "tact": (15, 30),
     "trojannn": (12, 30),
