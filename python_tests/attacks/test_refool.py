@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,29 @@ def test_golden_images(golden: Golden, case: str) -> None:
     paper = attacks.create("refool", **settings).reflected(images, pool, draws)
     step = paper.int() - out.int()
     assert set(step.unique().tolist()) == {0, 1} and float(step.float().mean()) == pytest.approx(0.5, abs=0.1)
+
+
+def test_golden_random_images(golden: Golden) -> None:
+    """The reference's own draws, made again from its two generators in its order, give its images."""
+    stored = golden("refool")
+    images, pool, expected = (chw(stored[name]) for name in ("images", "reflections", "random_seed5_blended"))
+    numbers, choices = random.Random(5), np.random.RandomState(5)
+    rows: list[tuple[int, int, tuple[int, int], float, float, float]] = []
+    for _ in range(len(images)):
+        picture = int(choices.choice(len(pool)))
+        if numbers.random() < 0.49:
+            offset = (numbers.randint(3, 8), numbers.randint(3, 8))
+            rows.append((0, picture, offset, abs(round(numbers.random()) - numbers.uniform(0.15, 0.5)), 3.0, 1.1))
+        else:
+            rows.append((1, picture, (3, 3), 0.3, numbers.uniform(1, 5), 1.08 + choices.random_sample() / 10))
+    names = ("kind", "picture", "offset", "ghost_alpha", "sigma", "att")
+    attack = attacks.create("refool", compat="reference")
+    draws = attack.draw(images, torch.arange(len(images)), len(pool), "test", 0)
+    draws = draws.fixed(
+        **{name: torch.tensor(value) for name, value in zip(names, zip(*rows, strict=True), strict=True)}
+    )
+    difference = (attack.reflected(images, pool, draws).int() - expected.int()).abs()
+    assert int(difference.max()) <= 1 and float((difference > 0).float().mean()) < 1e-3
 
 
 def test_modes_draw_from_other_laws(make_set: MakeSet) -> None:
