@@ -218,9 +218,9 @@ def test_gradients_reach_the_image(number: int, make_set: MakeSet) -> None:
 
 
 def rank_context(store: Path) -> AttackContext:
-    def fresh_model() -> nn.Module:
+    def fresh_model(seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 
     recipe = Recipe(epochs=1, batch_size=32, lr=0.05, padding=2)
