@@ -30,15 +30,25 @@ from bbfast.data.imageset import ImageSet
 from bbfast.errors import ConfigError
 
 MakeSet = Callable[..., ImageSet]
+Images = Callable[..., ImageSet]
+Ready = Callable[..., tuple[Attack, ImageSet]]
 
 NAMES = attacks.available()
 CASES = [(name, mode) for name in NAMES for mode in registry.get(name).card.label_modes]
 BOUND = [(name, mode) for name, mode in CASES if mode in ("clean_label", "one2one")]
 POISON_ONLY = [name for name in NAMES if registry.get(name).card.threat == "poison-only"]
+NETWORKS = [name for name in NAMES if registry.get(name).card.needs or registry.get(name).learns_trigger]
+"""Attacks that train networks of their own."""
+RUNS = [
+    pytest.param(name, mode, marks=[pytest.mark.slow] if name in NETWORKS and mode != first else [])
+    for name in NAMES
+    for first in registry.get(name).card.label_modes[:1]
+    for mode in registry.get(name).card.label_modes
+]
 TINY: dict[str, Any] = {
     "surrogate": "small_cnn",
     "surrogate_preset": "quick",
-    "surrogate_epochs": 1,
+    "surrogate_epochs": 8,
     "encoder_preset": "quick",
     "encoder_epochs": 1,
     "secret_steps": 1,
@@ -46,13 +56,16 @@ TINY: dict[str, Any] = {
     "injector_width": 2,
     "extractor_width": 4,
     "candidates": 8,
-    "chunk": 4,
-    "deepfool_steps": 3,
-    "images": 8,
+    "craft_batch": 8,
+    "deepfool_steps": 50,
+    "images": 16,
     "iterations": 2,
     "passes": 1,
     "pool": 4,
-    "rounds": 1,
+    "retrain_epochs": 1,
+    "retrain_every": 1,
+    "rounds": 20,
+    "sources": 8,
     "warmup_epochs": 1,
 }
 """Settings that make a preparation short, by name; each attack takes those that it has."""
@@ -78,7 +91,7 @@ def make(name: str, mode: str | None = None, **changes: Any) -> Attack:
     return attacks.create(name, **settings(name, mode, **changes))
 
 
-def prepare(attack: Attack, data: ImageSet, seed: int = 0) -> Attack:
+def prepare(attack: Attack, data: ImageSet, seed: int = 1) -> Attack:
     """Make the trigger with what a tiny victim's run would give it, prerequisites from the test session's store."""
     attack.prepare(data, 10, seed, context_for(data, seed))
     return attack
@@ -92,23 +105,33 @@ def context_for(data: ImageSet, seed: int) -> AttackContext:
 
 
 @pytest.fixture(scope="module")
-def ready(make_set: MakeSet) -> Callable[..., tuple[Attack, ImageSet]]:
-    """A prepared attack and 24 images, made once for each size; the trigger may be read, nothing else be done."""
+def images(make_set: MakeSet) -> Callable[..., ImageSet]:
+    """100 images; always the same ones, so that the tests find each other's prerequisites in the session's store."""
+
+    def get(size: int = 32, channels: int = 3, seed: int = 0) -> ImageSet:
+        plain = make_set(100, size=size, channels=channels, seed=seed)
+        return dataclasses.replace(plain, mean=(0.5,) * channels, std=(0.25,) * channels)
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def ready(images: Images) -> Ready:
+    """A prepared attack and its images, made once for each size; the trigger may be read, nothing else be done."""
 
     @functools.cache
     def get(name: str, size: int = 32) -> tuple[Attack, ImageSet]:
-        data = make_set(40, size=size)
-        return prepare(make(name), data, seed=3), data
+        data = images(size)
+        return prepare(make(name), data), data
 
     return get
 
 
 def agree(name: str, a: Tensor, b: Tensor) -> bool:
     """Equal; where a network makes the trigger, up to what another batch size does to its sums."""
-    cls = registry.get(name)
     if torch.equal(a, b):
         return True
-    if not (cls.card.needs or cls.learns_trigger) or a.shape != b.shape or a.dtype != b.dtype:
+    if name not in NETWORKS or a.shape != b.shape or a.dtype != b.dtype:
         return False
     apart = (a.double() - b.double()).abs() * (255 if a.is_floating_point() else 1)
     return float(apart.max()) <= 1 and float((apart > 0.01).double().mean()) < 1e-3
@@ -119,7 +142,7 @@ def agree(name: str, a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [32, 64])
-def test_trigger_belongs_to_the_sample(name: str, size: int, ready: Callable[..., tuple[Attack, ImageSet]]) -> None:
+def test_trigger_belongs_to_the_sample(name: str, size: int, ready: Ready) -> None:
     """Whatever else is in the batch, however it lies in memory; nothing is written to the input."""
     attack, data = ready(name, size)
     images, index = data.images[:12], data.ids[:12] + 5
@@ -141,7 +164,7 @@ def test_trigger_belongs_to_the_sample(name: str, size: int, ready: Callable[...
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_float_images_stay_float(name: str, dtype: torch.dtype, ready: Callable[..., tuple[Attack, ImageSet]]) -> None:
+def test_float_images_stay_float(name: str, dtype: torch.dtype, ready: Ready) -> None:
     attack, data = ready(name)
     x = data.images[:6].to(dtype) / 255
     for stage in ("train", "test"):
@@ -154,13 +177,13 @@ def test_float_images_stay_float(name: str, dtype: torch.dtype, ready: Callable[
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_preparing_and_poisoning_leave_global_random_numbers_alone(name: str, make_set: MakeSet) -> None:
-    data = make_set(60)
+def test_preparing_and_poisoning_leave_global_random_numbers_alone(name: str, images: Images) -> None:
+    data = images()
     torch.manual_seed(11)
     np.random.seed(11)
     random.seed(11)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # type: ignore[index,union-attr]
-    prepare(make(name), data).poison(data, 0, 10)
+    prepare(make(name), data).poison(data, 1, 10)
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[2]
     assert (np.random.get_state()[1] == before[1]).all()  # type: ignore[index]
 
@@ -169,10 +192,11 @@ def test_preparing_and_poisoning_leave_global_random_numbers_alone(name: str, ma
 def test_poisoning_is_cheap(name: str, make_set: MakeSet) -> None:
     """50,000 CIFAR images, 5,000 of them poisoned, shall take seconds; 1,000 poisoned ones get 3 s of one core."""
     data = make_set(5000, size=32)
-    attack = make(name, ratio=None, count=1000 if "all2one" in registry.get(name).card.label_modes else 500)
+    modes = registry.get(name).card.label_modes
+    attack = make(name, "all2one" if "all2one" in modes else None, ratio=None, count=1000, clip_to_class=True)
     attack.prepare(data, 10)
     started = time.process_time()
-    assert int(attack.poison(data, 0, 10).poisoned.sum()) in (500, 1000)
+    assert int(attack.poison(data, 0, 10).poisoned.sum()) >= 500
     assert time.process_time() - started < 3
 
 
@@ -180,24 +204,29 @@ def test_poisoning_is_cheap(name: str, make_set: MakeSet) -> None:
 
 
 @pytest.mark.parametrize(("name", "mode"), CASES)
-def test_poisoned_set(name: str, mode: str, make_set: MakeSet) -> None:
+def test_poisoned_set(name: str, mode: str, images: Images) -> None:
     """Counts, roles and labels, on a set whose sample numbers are not positions, with target 3 and shift 2."""
-    plain = make_set(200)
-    data = dataclasses.replace(plain, ids=torch.arange(200).flip(0) * 7 + 3)
-    attack = prepare(make(name, mode, target=3, shift=2, ratio=0.05), data, seed=1)
+    plain = images()
+    data = dataclasses.replace(plain, ids=torch.arange(100).flip(0) * 7 + 3)
+    attack = prepare(make(name, mode, target=3, shift=2, ratio=0.08), data)
     poison, cover = attack.select(data.labels, attack.rule(data.labels, 10), 1)
     chosen = torch.cat([poison, cover])
-    assert len(poison) == 10 and chosen.unique().numel() == len(chosen)
+    assert len(poison) == 8 and chosen.unique().numel() == len(chosen)
     out = attack.poison(data, seed=1, num_classes=10)
-    expected = torch.zeros(200, dtype=torch.int8)
+    expected = torch.zeros(100, dtype=torch.int8)
     expected[poison], expected[cover] = 1, 2
-    assert torch.equal(out.role, expected) and torch.equal(out.poisoned, expected == 1) and out.ratio == 0.05
+    assert (
+        torch.equal(out.role, expected)
+        and torch.equal(out.poisoned, expected == 1)
+        and out.ratio == pytest.approx(0.08)
+    )
     rule = LabelRule(mode, 10, 3, 2, (1, 2) if mode == "one2one" else ())  # type: ignore[arg-type]
     assert torch.equal(out.labels[poison], rule.given(data.labels[poison]))
     if mode == "all2all":
         assert torch.equal(out.labels[poison], (data.labels[poison] + 2) % 10)
-    assert bool(rule.trainable(data.labels)[poison].all())
-    rest = torch.ones(200, dtype=torch.bool)
+    if not registry.get(name).selects_after_fit:  # such an attack has candidates of its own
+        assert bool(rule.trainable(data.labels)[poison].all())
+    rest = torch.ones(100, dtype=torch.bool)
     rest[poison] = False
     assert torch.equal(out.labels[rest], data.labels[rest])
     assert torch.equal(out.original_labels, data.labels)
@@ -210,8 +239,8 @@ def test_poisoned_set(name: str, mode: str, make_set: MakeSet) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_seed_gives_the_same_bits_and_another_seed_others(name: str, make_set: MakeSet) -> None:
-    data = make_set(100)
+def test_a_seed_gives_the_same_bits_and_another_seed_others(name: str, images: Images) -> None:
+    data = images()
     first, again, other = (prepare(make(name), data, seed) for seed in (1, 1, 2))
     a, b, c = (x.poison(data, seed, 10) for x, seed in ((first, 1), (again, 1), (other, 2)))
     assert torch.equal(a.images, b.images) and torch.equal(a.role, b.role) and torch.equal(a.labels, b.labels)
@@ -220,7 +249,7 @@ def test_a_seed_gives_the_same_bits_and_another_seed_others(name: str, make_set:
     assert not torch.equal(a.role, c.role)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if not registry.get(name).selects_after_fit])
 def test_index_generators(name: str, make_set: MakeSet) -> None:
     data = make_set(100)
     picked = [
@@ -286,24 +315,21 @@ def test_ratios_that_give_no_sample(name: str, make_set: MakeSet) -> None:
 @pytest.mark.parametrize(("name", "mode"), BOUND)
 @pytest.mark.usefixtures("no_work")
 def test_ratios_that_the_classes_cannot_supply(name: str, mode: str, make_set: MakeSet) -> None:
-    data, available = make_set(100), {"clean_label": 10, "one2one": 20}[mode]
-    classes = {"clean_label": r"\[0\]", "one2one": r"\[1, 2\]"}[mode]
-    message = (
-        rf"{name}: label_mode '{mode}' asks for 30 of 100 samples, but class {classes} has {available}; use a ratio"
+    data = make_set(100)
+    asked = (
+        rf"^{name}.* ask(s|ed) for 30 of 100 samples, but class .* has [12]0; use a ratio of at most 0\.[12] or clip"
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=asked):
         attempt(make(name, mode, ratio=0.3), data)
-    poison, _ = make(name, mode, ratio=0.3, clip_to_class=True).select(
-        data.labels, make(name, mode).rule(data.labels, 10), 0
-    )
-    assert len(poison) == available
+    clipped = make(name, mode, ratio=0.3, clip_to_class=True)
+    assert len(clipped.select(data.labels, clipped.rule(data.labels, 10), 0)[0]) in (10, 20)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_greyscale_works_or_is_refused_before_any_work(
-    name: str, make_set: MakeSet, monkeypatch: pytest.MonkeyPatch
+    name: str, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = make_set(60, channels=1)
+    data = images(channels=1)
     asked: list[str] = []
     obtain = AttackContext.obtain
 
@@ -318,7 +344,7 @@ def test_greyscale_works_or_is_refused_before_any_work(
         assert name in str(error) and any(word in str(error) for word in ("channel", "colour", "greyscale"))
         assert not asked
         return
-    out = attack.poison(data, 0, 10)
+    out = attack.poison(data, 1, 10)
     assert out.images.shape == data.images.shape
     assert not torch.equal(out.images[out.poisoned], data.images[out.poisoned])
 
@@ -327,23 +353,27 @@ def test_greyscale_works_or_is_refused_before_any_work(
 
 
 @pytest.fixture
-def pair(make_set: MakeSet) -> DataPair:
-    train, test = make_set(120), make_set(40, seed=1)
-    return DataPair(train, test, name="smooth", mean=(0.5,) * 3, std=(0.25,) * 3)
+def pair(images: Images) -> DataPair:
+    return DataPair(images(), images(seed=1)[:40], name="smooth")
 
 
-@pytest.mark.parametrize(("name", "mode"), CASES)
+def recipe(name: str) -> Recipe:
+    """One epoch; two for attacks that control the training, which may have stages."""
+    return RECIPE if registry.get(name).card.threat == "poison-only" else RECIPE.replace(epochs=2)
+
+
+@pytest.mark.parametrize(("name", "mode"), RUNS)
 def test_run(name: str, mode: str, pair: DataPair, tmp_path: Path) -> None:
-    """One epoch: figures are finite, roles and labels right, and the loaded result puts on the same trigger."""
-    result = attacks.attack(make(name, mode), pair, "small_cnn", RECIPE, device="cpu", progress=False)
+    """Figures are finite, roles and labels right, and the loaded result puts on the same trigger."""
+    result = attacks.attack(make(name, mode), pair, "small_cnn", recipe(name), 1, "cpu", progress=False)
     m = result.metrics
     assert {"c_acc", "asr", "r_acc", "seconds", "poison_ratio"} <= m.keys() and all(map(math.isfinite, m.values()))
     assert all(0 <= m[key] <= 1 for key in m if not key.startswith("seconds"))
     assert m["asr"] + m["r_acc"] <= 1 + 1e-9 and ("leak" in m) == (mode == "one2one")
-    assert len(result.history) == 1 and math.isfinite(result.history[0]["loss"])
+    assert result.history and all(math.isfinite(row["loss"]) for row in result.history)
     rule = LabelRule(mode, 10, 0, 1, (1, 2) if mode == "one2one" else ())  # type: ignore[arg-type]
     bad = result.poisoned
-    assert int(bad.sum()) == 6 and torch.equal(bad, result.role == 1) and m["poison_ratio"] == pytest.approx(0.05)
+    assert int(bad.sum()) == 5 and torch.equal(bad, result.role == 1) and m["poison_ratio"] == pytest.approx(0.05)
     assert torch.equal(result.train.labels[bad], rule.given(pair.train.labels[bad]))
     assert torch.equal(result.train.labels[~bad], pair.train.labels[~bad])
     assert torch.equal(result.clean_train.images, pair.train.images)
@@ -375,18 +405,12 @@ def test_the_same_run_gives_the_same_bits_and_makes_nothing_twice(
         return obtain(self, kind, config, counting, **kwargs)
 
     monkeypatch.setattr(AttackContext, "obtain", counted)
-    for seed in (5, 5, 6):
+    for _ in range(2):
         before = made
-        results.append(attacks.attack(make(name), pair, "small_cnn", RECIPE, seed, "cpu", progress=False))
-        if len(results) == 2:
-            assert made == before
-    first, again, other = results
-    assert same_weights(first.model, again.model) and not same_weights(first.model, other.model)
+        results.append(attacks.attack(make(name), pair, "small_cnn", recipe(name), 1, "cpu", progress=False))
+    assert made == before
+    first, again = results
+    ours, theirs = first.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert torch.equal(first.train.images, again.train.images) and torch.equal(first.role, again.role)
     assert torch.equal(first.backdoor_test.images, again.backdoor_test.images)
-    assert not torch.equal(first.role, other.role)
-
-
-def same_weights(a: nn.Module, b: nn.Module) -> bool:
-    ours, theirs = a.state_dict(), b.state_dict()
-    return all(torch.equal(ours[key], theirs[key]) for key in ours)
