@@ -128,20 +128,25 @@ def ready(images: Images) -> Ready:
 
 
 def agree(name: str, a: Tensor, b: Tensor) -> bool:
-    """Equal; where a network makes the trigger, up to what another batch size does to its sums."""
-    if torch.equal(a, b):
-        return True
-    if name not in NETWORKS or a.shape != b.shape or a.dtype != b.dtype:
+    """Equal; float results, and those of networks, up to what another batch does to the order of sums."""
+    if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    apart = (a.double() - b.double()).abs() * (255 if a.is_floating_point() else 1)
-    return float(apart.max()) <= 1 and float((apart > 0.01).double().mean()) < 1e-3
+    if a.is_floating_point():
+        return torch.allclose(a, b, rtol=0, atol=1e-3 if name in NETWORKS else 1e-5)
+    apart = (a.int() - b.int()).abs()
+    return torch.equal(a, b) or (
+        name in NETWORKS and int(apart.max()) <= 1 and float((apart > 0).double().mean()) < 1e-3
+    )
 
 
 # The trigger ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [(name, 32) for name in NAMES]
+    + [pytest.param(name, 64, marks=[pytest.mark.slow] if name in NETWORKS else []) for name in NAMES],
+)
 def test_trigger_belongs_to_the_sample(name: str, size: int, ready: Ready) -> None:
     """Whatever else is in the batch, however it lies in memory; nothing is written to the input."""
     attack, data = ready(name, size)
@@ -384,7 +389,7 @@ def test_run(name: str, mode: str, pair: DataPair, tmp_path: Path) -> None:
     back = AttackResult.load(result.save(tmp_path / "run"))
     for stage in ("train", "test"):
         ours, theirs = (r.trigger(pair.test.images, pair.test.ids, stage) for r in (result, back))  # type: ignore[arg-type]
-        assert torch.equal(ours, theirs)
+        assert agree(name, ours, theirs)
     assert agree(name, back.trigger(pair.test.images, pair.test.ids)[kept], back.backdoor_test.images)
     assert back.attack().config == make(name, mode).config
 
