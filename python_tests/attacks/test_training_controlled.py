@@ -21,6 +21,8 @@ CASES: dict[str, dict[str, Any]] = {
     "bpp-reference": {"compat": "reference"},
     "input_aware": {},
     "input_aware-reference": {"compat": "reference"},
+    "blind": {"history": 4, "threshold": 3.0},
+    "blind-mgda": {"history": 4, "threshold": 3.0, "balance": "mgda", "latch": True},
     "wanet": {},
 }
 RECIPE = Recipe(
