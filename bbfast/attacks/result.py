@@ -135,6 +135,7 @@ class AttackResult:
                     "labels": bad.labels,
                     "ids": bad.ids,
                     "original_labels": bad.original_labels,
+                    **({} if bad.exact is None else {"exact": bad.exact}),
                 },
                 "trigger": self.trigger_state,
             },

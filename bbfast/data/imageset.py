@@ -126,13 +126,18 @@ class BackdoorSet(ImageSet):
         labels: What the attacker wants, int64 ``[N]``.
         original_labels: The true classes, int64 ``[N]``. The other arguments and the errors are those of
             :class:`ImageSet`.
+        exact: The pixels before they were rounded to ``images``, float32 ``[N, C, H, W]`` in 0..1, of triggers that
+            8 bits would erase (LIRA); models are measured on them. None: measured on ``images``.
     """
 
     original_labels: Tensor = dataclasses.field(default=None)  # type: ignore[assignment]
+    exact: Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_classes("original_labels", self.original_labels, len(self), self.device)
+        if self.exact is not None:
+            _check_exact(self.exact, self.images)
 
 
 def _check_images(images: object) -> int:
@@ -141,6 +146,16 @@ def _check_images(images: object) -> int:
     if images.dim() != 4:
         raise ValueError(f"images must have four dimensions [N, C, H, W], got shape {list(images.shape)}")
     return int(images.shape[0])
+
+
+def _check_exact(exact: object, images: Tensor) -> None:
+    if not isinstance(exact, Tensor) or exact.dtype != torch.float32:
+        raise TypeError(f"exact must be a float32 tensor [N, C, H, W] or None, got {_describe(exact)}")
+    if exact.shape != images.shape or exact.device != images.device:
+        raise ValueError(
+            f"exact must have the shape and device of the images, {list(images.shape)} on {images.device}, got "
+            f"{list(exact.shape)} on {exact.device}"
+        )
 
 
 def _ids(ids: Tensor | None, n: int, device: torch.device) -> Tensor:

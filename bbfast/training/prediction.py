@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from bbfast.data.imageset import ImageSet
+from bbfast.data.imageset import BackdoorSet, ImageSet
 from bbfast.data.loader import BatchLoader
+from bbfast.data.normalize import normalize
 from bbfast.training.device import Numerics, choose_numerics, placed, resolve_device
 from bbfast.training.runtime import keep_freed_memory
 
@@ -73,7 +74,24 @@ def predict_labels(
 def outputs(
     model: nn.Module, images: ImageSet, batch_size: int, device: torch.device, numerics: Numerics
 ) -> Iterator[Tensor]:
-    """Float32 logits of one batch after the other, on ``device``; the model must be there already."""
+    """Float32 logits of one batch after the other, on ``device``; the model must be there already.
+
+    Of a :class:`~bbfast.data.imageset.BackdoorSet` with ``exact`` pixels these are what the model sees.
+    """
+    for x in _inputs(images, batch_size, device, numerics):
+        with evaluating(model), torch.no_grad(), numerics.autocast(device):
+            logits = model(x)
+        yield logits.float()
+
+
+def _inputs(images: ImageSet, batch_size: int, device: torch.device, numerics: Numerics) -> Iterator[Tensor]:
+    """Normalised batches, in the stored order."""
+    if isinstance(images, BackdoorSet) and images.exact is not None:
+        layout = torch.channels_last if numerics.channels_last else torch.contiguous_format
+        for part in images.exact.split(batch_size):
+            x = normalize(part.to(device), images.mean, images.std)
+            yield x.to(numerics.dtype).contiguous(memory_format=layout)
+        return
     loader = BatchLoader(
         images,
         batch_size,
@@ -84,9 +102,7 @@ def outputs(
         shuffle=False,
     )
     for batch in loader.epoch(0):
-        with evaluating(model), torch.no_grad(), numerics.autocast(device):
-            logits = model(batch.x)
-        yield logits.float()
+        yield batch.x
 
 
 @contextlib.contextmanager

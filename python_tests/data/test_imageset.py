@@ -123,6 +123,17 @@ class TestConstruction:
         with pytest.raises(error, match=message):
             BackdoorSet(images(), torch.zeros(6, dtype=torch.int64), original_labels=original)
 
+    @pytest.mark.parametrize(
+        ("exact", "error", "message"),
+        [
+            (images(), TypeError, "exact must be a float32 tensor .* or None, got uint8 tensor"),
+            (images(5).float(), ValueError, r"exact must have the shape and device of the images, \[6, .* got \[5, "),
+        ],
+    )
+    def test_bad_exact_pixels(self, exact: torch.Tensor, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            dataclasses.replace(backdoor(), exact=exact)
+
 
 class TestSelection:
     @given(index=st.lists(st.integers(0, 5), max_size=10))
@@ -152,6 +163,13 @@ class TestSelection:
         part = backdoor()[torch.tensor([3, 0])]
         assert isinstance(part, BackdoorSet) and part.original_labels.tolist() == [1, 1]
         assert backdoor()[1:3].original_labels.tolist() == [2, 3]  # type: ignore[attr-defined]
+
+    def test_exact_pixels_stay_with_their_samples(self, tmp_path: Path) -> None:
+        whole = dataclasses.replace(backdoor(), exact=backdoor().images / 255)
+        saved = ImageSet.load(whole.save(tmp_path / "set"))
+        for part in (whole[torch.tensor([3, 0])], saved[torch.tensor([3, 0])], whole.with_labels(whole.labels)[::3]):
+            assert isinstance(part, BackdoorSet) and part.exact is not None
+            assert torch.equal(part.exact, part.images / 255)
 
     def test_subsets_of_subsets_keep_the_first_numbers(self) -> None:
         assert sample()[2:][torch.tensor([3, 0])].ids.tolist() == [50, 20]

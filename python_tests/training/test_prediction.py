@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from bbfast.data.imageset import ImageSet
+from bbfast.data.imageset import BackdoorSet, ImageSet
 from bbfast.training import predict, predict_labels
 
 MakeSet = Callable[..., ImageSet]
@@ -23,6 +24,17 @@ def test_logits_are_those_of_a_plain_pass(make_set: MakeSet, make_net: MakeNet, 
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     assert logits.dtype == torch.float32 and not logits.requires_grad
     assert torch.equal(predict_labels(model, data, batch_size=batch_size, device="cpu"), logits.argmax(1))
+
+
+def test_exact_pixels_are_what_the_model_sees(make_set: MakeSet, make_net: MakeNet) -> None:
+    data, model = make_set(20), make_net()
+    plain = BackdoorSet(data.images, data.labels, data.mean, data.std, original_labels=data.labels)
+    same = dataclasses.replace(plain, exact=data.images.float() / 255)
+    expected = predict(model, plain, device="cpu")
+    torch.testing.assert_close(predict(model, same, batch_size=7, device="cpu"), expected, rtol=1e-4, atol=1e-5)
+    shifted = dataclasses.replace(plain, exact=data.images.float() / 255 + 0.3 / 255)  # less than 8 bits hold
+    assert not torch.allclose(predict(model, shifted, device="cpu"), expected, atol=1e-4)
+    assert predict(model, shifted[:0], device="cpu").shape == (0, 3)
 
 
 def test_the_model_is_left_as_it_was(make_set: MakeSet, make_net: MakeNet) -> None:
