@@ -79,7 +79,7 @@ def apply_network(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor],
     """Run a network in eval mode with stored weights; differentiable in ``x``.
 
     Without gradient it runs in pieces of one size, the last one filled up: the result for an image then does not
-    depend on the other images (kernels are chosen by the size of the batch).
+    depend on the other images and the layout.
 
     Args:
         build: Builds the network; its own weights are not used.
@@ -97,6 +97,7 @@ def apply_network(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor],
     with torch.no_grad():
         for part in x.split(rows):
             filled = F.pad(part, (0, 0, 0, 0, 0, 0, 0, rows - len(part)))
+            filled = filled.clone(memory_format=torch.contiguous_format)  # kernels are chosen by the strides, too
             parts.append(functional_call(network, weights, (filled,))[: len(part)])
     return torch.cat(parts)
 

@@ -19,14 +19,17 @@ from bbfast.training.checkpoint import Checkpoints
 CASES: dict[str, dict[str, Any]] = {
     "bpp": {},
     "bpp-reference": {"compat": "reference"},
-    "input_aware": {},
-    "input_aware-reference": {"compat": "reference"},
+    "input_aware": {"clean_train_epochs": 2},
+    "input_aware-reference": {"clean_train_epochs": 2, "compat": "reference"},
     "blind": {"history": 4, "threshold": 3.0},
     "blind-mgda": {"history": 4, "threshold": 3.0, "balance": "mgda", "latch": True},
+    "lira": {"both_train_epochs": 2, "eps": 0.3},
+    "lira-reference": {"both_train_epochs": 2, "eps": 0.3, "compat": "reference"},
+    "lira-joint": {"both_train_epochs": 2, "eps": 0.3, "joint_forward": True, "eps_space": "unit"},
     "wanet": {},
 }
 RECIPE = Recipe(
-    epochs=4, batch_size=32, lr=0.02, precision="fp32", deterministic=True, eval_every=0, schedule="onecycle"
+    epochs=4, batch_size=24, lr=0.02, precision="fp32", deterministic=True, eval_every=0, schedule="onecycle"
 )
 
 
@@ -68,12 +71,11 @@ def test_interrupted_runs_end_with_the_same_bits(
 ) -> None:
     monkeypatch.setattr(Checkpoints, "due", lambda self, last: self.active)
     whole = run(case, data)
-    with pytest.raises(CrashError):
-        run(case, data, tmp_path / "one", CrashAt(2))
-    for resumed in (
-        run(case, data, tmp_path / "one"),
-        run(case, data, tmp_path / "one"),
-    ):  # the second has nothing to do
+    for crash in (1, 2):  # within the first of two stages, and between them
+        with pytest.raises(CrashError):
+            run(case, data, tmp_path / "one", CrashAt(crash))
+    for _ in ("goes on", "has nothing left to do"):
+        resumed = run(case, data, tmp_path / "one")
         assert rows(resumed) == rows(whole)
         for name, value in whole.model.state_dict().items():
             assert torch.equal(resumed.model.state_dict()[name], value)
