@@ -28,6 +28,7 @@ __all__ = [
     "SurrogateConfig",
     "attacker_seed",
     "clean_surrogate",
+    "l2_pgd",
     "linf_pgd",
     "new_network",
     "obtain_classifier",
@@ -190,12 +191,34 @@ def linf_pgd(
     low, high = (images - epsilon).clamp_min(0), (images + epsilon).clamp_max(1)
     x = images if start is None else torch.minimum(torch.maximum(images + start, low), high)
     for _ in range(steps):
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = F.cross_entropy(model(x).float(), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, x)
-        x = torch.minimum(torch.maximum(x.detach() + step * gradient.sign(), low), high)
-    return x.detach()
+        x = torch.minimum(torch.maximum(x + step * _gradient(model, x, labels).sign(), low), high)
+    return x
+
+
+def l2_pgd(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, step: float, steps: int) -> Tensor:
+    """As :func:`linf_pgd` without a random start, within ``epsilon`` of each image in L2 norm.
+
+    Steps go along the gradient, normalised for each image.
+    """
+    x = images.detach()
+    for _ in range(steps):
+        change = x + step * _unit(_gradient(model, x, labels)) - images
+        norm = change.flatten(1).norm(dim=1).clamp_min(1e-12)
+        x = (images + change * (epsilon / norm).clamp_max(1).view(-1, 1, 1, 1)).clamp(0, 1)
+    return x
+
+
+def _gradient(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Of each image's cross-entropy with respect to it."""
+    x = images.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = F.cross_entropy(model(x).float(), labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, x)
+    return gradient
+
+
+def _unit(gradient: Tensor) -> Tensor:
+    return gradient / gradient.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
 
 
 def set_hash(data: ImageSet) -> str:
