@@ -185,7 +185,7 @@ def load_pattern(path: Path, image_size: tuple[int, int, int], units: str = "aut
         raise ValueError(f"trigger pattern {path} cannot be read as an .npy array: {error}") from error
     channels, height, width = image_size
     allowed = ((height, width), (height, width, channels))
-    shape = stored.shape if isinstance(stored, np.ndarray) else ()
+    shape: tuple[int, ...] = stored.shape if isinstance(stored, np.ndarray) else ()
     values = stored[0] if len(shape) == 4 and shape[0] else stored
     if not isinstance(values, np.ndarray) or values.shape not in allowed:
         raise ValueError(
