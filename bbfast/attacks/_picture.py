@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bbfast.data.resize import resize_u8
 
-__all__ = ["draw_picture", "file_digest", "fit_picture", "load_mask", "load_picture", "noise_picture"]
+__all__ = ["draw_picture", "file_digest", "fit_picture", "load_mask", "load_picture", "match_channels", "noise_picture"]
 
 _SIDE = 256
 _STRIPE = 32
@@ -75,13 +75,34 @@ def fit_picture(picture: Tensor, image_size: tuple[int, int, int]) -> Tensor:
         raise ValueError(
             f"a trigger picture fits images of 1 or 3 channels, got {channels}; give a tensor of the images' size"
         )
-    if picture.shape[0] == 3 and channels == 1:
-        # Pillow's integer luminance (ITU-R 601-2), so that a file and its grey version give the same trigger.
-        weights = torch.tensor([19595, 38470, 7471]).view(3, 1, 1)
-        picture = ((picture.to(torch.int64) * weights).sum(0, keepdim=True) + 0x8000 >> 16).to(torch.uint8)
+    if channels == 1:
+        picture = match_channels(picture[None], 1)[0]
     if picture.shape[-2:] != (height, width):
         picture = resize_u8(picture[None].contiguous(), (height, width))[0]
     return picture.expand(channels, -1, -1).contiguous()
+
+
+def match_channels(images: Tensor, channels: int) -> Tensor:
+    """Grey images as coloured ones and coloured ones as Pillow's integer luminance (ITU-R 601-2).
+
+    Args:
+        images: uint8 ``[N, c, H, W]``.
+        channels: C.
+
+    Returns:
+        uint8 ``[N, C, H, W]``, perhaps a view.
+
+    Raises:
+        ValueError: if it is neither of the two.
+    """
+    if images.shape[1] == channels:
+        return images
+    if channels == 1 and images.shape[1] == 3:
+        weights = torch.tensor([19595, 38470, 7471], device=images.device).view(3, 1, 1)
+        return ((images.to(torch.int64) * weights).sum(1, keepdim=True) + 0x8000 >> 16).to(torch.uint8)
+    if images.shape[1] == 1:
+        return images.expand(-1, channels, -1, -1)
+    raise ValueError(f"images of {images.shape[1]} channels cannot become images of {channels}")
 
 
 def file_digest(path: Path) -> str:
