@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bbfast.attacks.result import AttackResult
 from bbfast.data.imageset import BackdoorSet, ImageSet
@@ -131,3 +131,58 @@ def digits_attack() -> AttackResult:
     assert result.metrics["c_acc"] > 0.95, result.metrics
     assert result.metrics["asr"] > 0.95, result.metrics
     return result
+
+
+def gaussian_features(
+    seed: int, classes: int = 5, n: int = 500, d: int = 64, contamination: float = 0.1, shift: float = 6.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features ``[N, d]``, labels and truth: normal clouds, and in class 0 some samples moved along one direction."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(classes).repeat_interleave(n)
+    features = torch.randn(classes * n, d, generator=g) + 4 * torch.randn(classes, d, generator=g)[labels]
+    truth = (labels == 0) & (torch.rand(classes * n, generator=g) < contamination)
+    direction = torch.nn.functional.normalize(torch.randn(d, generator=g), dim=0)
+    return features + shift * direction * truth[:, None], labels, truth
+
+
+def view_of_features(
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    images: Tensor | None = None,
+    reserve: tuple[Tensor, Tensor] | None = None,
+    model: nn.Module | None = None,
+    **options: Any,
+) -> DefenderView:
+    """A view whose model is never run: its penultimate features, of training set and reserve, are given."""
+
+    def made_up(n: int, seed: int) -> Tensor:
+        g = torch.Generator().manual_seed(seed)
+        return torch.randint(0, 256, (n, 1, 4, 4), dtype=torch.uint8, generator=g)
+
+    held = {("poisoned_train", "penultimate"): features}
+    clean = None
+    if reserve is not None:
+        held["reserve", "penultimate"] = reserve[0]
+        clean = ImageSet(made_up(len(reserve[1]), 2), reserve[1])
+    grants = Grants(
+        model=nn.Identity() if model is None else model,
+        poisoned_train=ImageSet(made_up(len(labels), 1) if images is None else images, labels),
+        reserve=clean,
+        features=held,
+    )
+    facts = DataFacts("toy", classes, (1, 4, 4), (0.5,), (0.5,))
+    needs = {"model", "poisoned_train", "fresh_model"} | ({"reserve"} if reserve is not None else set())
+    return DefenderView("test", needs, facts, grants, **options)
+
+
+@pytest.fixture
+def gauss() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Makes features, see :func:`gaussian_features`."""
+    return gaussian_features
+
+
+@pytest.fixture
+def feature_view() -> Callable[..., DefenderView]:
+    """Makes views, see :func:`view_of_features`."""
+    return view_of_features
