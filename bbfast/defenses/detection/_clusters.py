@@ -12,7 +12,14 @@ from bbfast.defenses.detection._kmeans import kmeans, split_starts
 from bbfast.defenses.detection._reduce import principal_axes
 from bbfast.defenses.detection._silhouette import silhouette
 
-__all__ = ["ClassClusters", "class_medians", "cluster_classes", "membership_margin", "nearer_to_another_class"]
+__all__ = [
+    "ClassClusters",
+    "class_batches",
+    "class_medians",
+    "cluster_classes",
+    "membership_margin",
+    "nearer_to_another_class",
+]
 
 # Points of one batch of classes, padding included: as many as stay in a processor's cache, or as keep a GPU busy. Its
 # largest class may have twice the points of its smallest.
@@ -100,7 +107,7 @@ def cluster_classes(
     centers = torch.zeros(size, k, q, dtype=torch.float64, device=device)
     silhouettes, inertia = torch.zeros(2, size, dtype=torch.float64, device=device)
     draws = {int(c): generator(int(c)) for c in scored}
-    for group in _batches(counts[scored], _BATCH_POINTS.get(device.type, 1 << 13)):
+    for group in class_batches(counts[scored], _BATCH_POINTS.get(device.type, 1 << 13)):
         classes = scored[group]
         count = counts[classes]
         ranks = torch.arange(int(count.max()), device=device)
@@ -192,7 +199,7 @@ def nearer_to_another_class(clusters: ClassClusters, features: Tensor, labels: T
     return (others < own).view(size, k)
 
 
-def _batches(counts: Tensor, most: int) -> Iterator[Tensor]:
+def class_batches(counts: Tensor, most: int) -> Iterator[Tensor]:
     """Positions of classes of like size that are clustered together, so that little is padding."""
     order = counts.argsort()
     ranked = counts[order].tolist()
