@@ -71,6 +71,8 @@ TINY: dict[str, Any] = {
     "trigger_lr": 100.0,
 }
 """Settings that make a preparation short, by name; each attack takes those that it has."""
+OWN: dict[str, dict[str, Any]] = {"lira": {"eps": 0.3}}
+"""LIRA's own strength is below one grey level: an untrained trigger would change no byte."""
 HIDDEN = {"sleeper_agent"}
 """Attacks that are tested on their source classes, but poison images of the target's, each by a change of its own."""
 RECIPE = Recipe(epochs=1, batch_size=32, lr=0.02, padding=1, deterministic=True, precision="fp32", eval_every=0)
@@ -97,6 +99,7 @@ def settings(name: str, mode: str | None = None, **changes: Any) -> dict[str, An
         "source_classes": (1, 2) if mode == "one2one" else (),
         "ratio": 0.05,
         "count": None,
+        **OWN.get(name, {}),
         **changes,
     }
 

@@ -40,7 +40,7 @@ def pattern_file(folder: Path, array: np.ndarray) -> Path:
 def context(tmp_path: Path, make_set: MakeSet) -> AttackContext:
     """A surrogate that is a fixed linear map: at once there, and every class can be reached."""
 
-    def linear() -> nn.Module:
+    def linear(seed: int) -> nn.Module:
         model = nn.Sequential(nn.Flatten(), nn.Linear(768, 10, bias=False))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -232,7 +232,7 @@ def test_a_surrogate_that_cannot_be_moved_is_named(context: AttackContext, make_
         def forward(self, x: Tensor) -> Tensor:
             return self.bias + 0 * x.flatten(1).sum(1, keepdim=True)
 
-    own = dataclasses.replace(context, fresh_model=Blind)
+    own = dataclasses.replace(context, fresh_model=lambda seed: Blind())
     with pytest.raises(BBFastError, match=r"DeepFool moved none of 20 images to class 0.*random_lowpass"):
         attacks.create("lf", images=20, passes=1, deepfool_steps=3).prepare(make_set(64, 16), 10, 0, own)
 

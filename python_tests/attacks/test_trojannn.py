@@ -49,7 +49,9 @@ class Net(nn.Module):
 def context(tmp_path: Path, make_set: MakeSet) -> AttackContext:
     plain = default_context(make_set(20, 16), 4, 0)
     recipe = bbfast.Recipe(epochs=0)
-    return dataclasses.replace(plain, fresh_model=Net, recipe=recipe, store=Store(tmp_path), progress=False)
+    return dataclasses.replace(
+        plain, fresh_model=lambda seed: Net(), recipe=recipe, store=Store(tmp_path), progress=False
+    )
 
 
 @pytest.fixture

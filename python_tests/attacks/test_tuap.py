@@ -27,7 +27,7 @@ SMALL = {"images_ratio": 0.1, "clip_to_class": True, "ratio": 0.2}
 def linear_context(folder: Path, data: ImageSet, favourite: int | None = None) -> AttackContext:
     """A surrogate that is a fixed linear map; with a favourite it always predicts that class."""
 
-    def linear() -> nn.Module:
+    def linear(seed: int) -> nn.Module:
         model = nn.Sequential(nn.Flatten(), nn.Linear(data.images[0].numel(), 10))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
