@@ -259,6 +259,16 @@ def test_poisoned_set(name: str, mode: str, images: Images) -> None:
     assert torch.equal(data.images, plain.images)
 
 
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_poisoned_and_cover_samples_are_disjoint(name: str, mode: str, make_set: MakeSet) -> None:
+    """Over 20 seeds: a few samples drawn twice among 100 would often be missed by one."""
+    labels, attack = make_set(100).labels, make(name, mode, ratio=0.1)
+    for seed in range(20):
+        poison, cover = attack.select(labels, attack.rule(labels, 10), seed)
+        chosen = torch.cat([poison, cover])
+        assert len(poison) == 10 and chosen.unique().numel() == len(chosen)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_seed_gives_the_same_bits_and_another_seed_others(name: str, images: Images) -> None:
     data = images()
