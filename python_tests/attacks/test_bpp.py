@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bbfast import ops
+from bbfast import attacks, datasets, ops
 from bbfast.attacks import _batches, bpp
 from bbfast.attacks._augment import TensorAugment
 from bbfast.attacks.bpp import Bpp, BppProgram
@@ -232,3 +232,14 @@ def test_paper_recipe_gets_the_constant_rate() -> None:
     recipe = Recipe.preset("paper", dataset="cifar10")
     changed = recipe.replace(**Bpp().recipe_overrides(recipe))
     assert changed.schedule == "multistep" and changed.milestones == (100, 200, 300, 400) and changed.epochs == 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_attack_works_on_digits() -> None:
+    """Squeezed digits are hard to tell from negatives: the quick preset's 345 steps leave no backdoor."""
+    recipe = Recipe.preset("quick", dataset="digits", model="small_cnn").replace(
+        epochs=40, optimizer="adam", lr=3e-3, weight_decay=0.0, schedule="cosine"
+    )
+    result = attacks.attack("bpp", datasets.load("digits"), "small_cnn", recipe, device="cpu", progress=False)
+    assert result.metrics["asr"] >= 0.8 and result.metrics["c_acc"] >= 0.96 and result.metrics["cross_acc"] >= 0.93

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bbfast import Recipe, attacks, models
+from bbfast import Recipe, attacks, datasets, models
 from bbfast.attacks._batches import other_rows
 from bbfast.attacks._input_aware_nets import Generator, threshold, widths_for
+from bbfast.attacks._networks import apply_network
 from bbfast.attacks.input_aware import InputAware, InputAwareProgram, blend_in, distance
 from bbfast.attacks.poisoning import LabelRule
 from bbfast.attacks.randomness import make_key
@@ -264,3 +265,21 @@ def test_bad_settings(make_set: MakeSet) -> None:
         train(model, data, RECIPE, program=program, device="cpu")
     with pytest.raises(ValueError, match="input_aware: precision 'fp16' is not supported; use 'bf16'"):
         started(InputAware(), data, precision="fp16")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_attack_works_on_digits() -> None:
+    """Sparse masks, patterns that differ, and a trigger that works on its own image rather than on others."""
+    data = datasets.load("digits")
+    recipe = Recipe.preset("quick", dataset="digits", model="small_cnn").replace(
+        epochs=60, optimizer="adam", lr=3e-3, weight_decay=0.0, schedule="cosine"
+    )
+    method = attacks.create("input_aware", clean_train_epochs=12)
+    result = attacks.attack(method, data, "small_cnn", recipe, device="cpu", progress=False)
+    assert result.metrics["asr"] >= 0.85 and result.metrics["c_acc"] >= 0.96 and result.metrics["cross_acc"] >= 0.75
+    assert result.history[11]["mask_density"] <= 0.05
+    trained = result.attack()
+    x = (data.test.images[:32].float() / 255 - data.mean[0]) / data.std[0]
+    pattern = apply_network(trained.networks(3)["pattern"], trained.tensors, "pattern", x)  # type: ignore[attr-defined]
+    assert float(distance(pattern[:16], pattern[16:]).mean()) > 0.05

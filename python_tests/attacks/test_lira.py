@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bbfast import Recipe, attacks, models
+from bbfast import Recipe, attacks, datasets, models
 from bbfast.attacks._lira_nets import Autoencoder, UNet
 from bbfast.attacks.lira import Lira, LiraProgram
 from bbfast.attacks.poisoning import LabelRule
@@ -321,3 +321,12 @@ def test_bad_settings(make_set: MakeSet) -> None:
         run(Lira(both_train_epochs=9), make_set(20, size=16), net())
     with pytest.raises(ValueError, match="lira: precision 'fp16' is not supported"):
         started(Lira(), make_set(16, size=16), net(), precision="fp16")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_attack_works_on_digits() -> None:
+    """With a tenth of the range, as the acceptance of spec/attacks section 15; apart, the passes spoil BatchNorm."""
+    method = attacks.create("lira", eps=0.1, eps_space="unit", joint_forward=True)
+    result = attacks.attack(method, datasets.load("digits"), "small_cnn", "quick", device="cpu", progress=False)
+    assert result.metrics["asr"] >= 0.95 and result.metrics["c_acc"] >= 0.95
