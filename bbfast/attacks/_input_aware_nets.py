@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Generator", "threshold", "widths_for"]
+__all__ = ["Generator", "blend_in", "distance", "threshold", "widths_for"]
 
 
 class Generator(nn.Module):
@@ -58,6 +58,16 @@ def widths_for(channels: int) -> tuple[int, ...]:
 def threshold(mask: Tensor) -> Tensor:
     """Drive a mask network's output to 0 or 1: ``tanh(20 m - 10) / 2 + 0.5``."""
     return _to_unit((20 * mask - 10).tanh())
+
+
+def blend_in(x: Tensor, pattern: Tensor, mask: Tensor) -> Tensor:
+    """``x + (pattern - x) * mask``, ``[B, C, H, W]`` and mask ``[B, 1, H, W]``."""
+    return x + (pattern - x) * mask
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """Root of the mean squared difference of each pair, ``[B]``; without gradient where it vanishes."""
+    return (a.float() - b.float()).square().flatten(1).mean(1).clamp_min(1e-12).sqrt()
 
 
 def _to_unit(x: Tensor) -> Tensor:

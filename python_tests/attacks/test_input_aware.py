@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from bbfast import Recipe, attacks, datasets, models
 from bbfast.attacks._batches import other_rows
-from bbfast.attacks._input_aware_nets import Generator, threshold, widths_for
+from bbfast.attacks._input_aware_nets import Generator, blend_in, distance, threshold, widths_for
 from bbfast.attacks._networks import apply_network
-from bbfast.attacks.input_aware import InputAware, InputAwareProgram, blend_in, distance
+from bbfast.attacks.input_aware import InputAware, InputAwareProgram
 from bbfast.attacks.poisoning import LabelRule
 from bbfast.attacks.randomness import make_key
 from bbfast.data.imageset import ImageSet
