@@ -15,8 +15,8 @@ from bbfast.training.recipe import Recipe
 
 __all__ = ["TrainedNetwork", "apply_network", "initial", "refuse_fp16"]
 
-_PIXELS = 1 << 14
-"""Pixels of a piece: 16 images of 32 x 32."""
+_PIXELS, _PIXELS_CPU = 1 << 20, 1 << 14
+"""Pixels of a piece: 1024 images of 32 x 32, 16 of them on the CPU."""
 
 
 class TrainedNetwork:
@@ -75,7 +75,9 @@ def initial(build: Callable[[], nn.Module], *key: int | str) -> nn.Module:
         return build()
 
 
-def apply_network(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+def apply_network(
+    build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], name: str, x: Tensor, *others: Tensor
+) -> Tensor:
     """Run a network in eval mode with stored weights; differentiable in ``x``.
 
     Without gradient it runs in pieces of one size, the last one filled up: the result for an image then does not
@@ -85,20 +87,24 @@ def apply_network(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor],
         build: Builds the network; its own weights are not used.
         tensors: Weights and buffers, ``"<name>.<key>"``.
         name: Prefix.
-        x: float32 ``[B, C, H, W]``, on the device where it shall run.
+        x: float32 or float64 ``[B, C, H, W]``, on the device where it shall run; weights are taken to its type.
+        *others: Further arguments of the network, the same for every image.
     """
     with torch.device("meta"):
         network = build().eval()
-    weights = {key: value.to(x.device) for key, value in _under(tensors, f"{name}.").items()}
+    weights = {
+        key: value.to(x.device, x.dtype if value.is_floating_point() else value.dtype)
+        for key, value in _under(tensors, f"{name}.").items()
+    }
     if x.requires_grad or not len(x):
-        return functional_call(network, weights, (x,))
-    rows = max(1, _PIXELS // (x.shape[-2] * x.shape[-1]))
+        return functional_call(network, weights, (x, *others))
+    rows = max(1, (_PIXELS_CPU if x.device.type == "cpu" else _PIXELS) // (x.shape[-2] * x.shape[-1]))
     parts = []
     with torch.no_grad():
         for part in x.split(rows):
             filled = F.pad(part, (0, 0, 0, 0, 0, 0, 0, rows - len(part)))
             filled = filled.clone(memory_format=torch.contiguous_format)  # kernels are chosen by the strides, too
-            parts.append(functional_call(network, weights, (filled,))[: len(part)])
+            parts.append(functional_call(network, weights, (filled, *others))[: len(part)])
     return torch.cat(parts)
 
 
