@@ -40,6 +40,7 @@ PSNR = {
     "refool": (15, 32),
     "sig": (18.5, 20.5),
     "sleeper_agent": (10, 25),
+    "ssba": (5, 20),
     "tact": (15, 30),
     "trojannn": (12, 30),
     "tuap": (22, 40),
@@ -59,6 +60,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "lira": {"eps": 0.3},
     "narcissus": {**SURROGATE, "warmup_epochs": 0, "rounds": 2, "trigger_lr": 100.0},
     "sleeper_agent": {**SURROGATE, "iterations": 1, "sources": 8, "clip_to_class": True},
+    "ssba": {"encoder_epochs": 1, "secret_bits": 8},
     "trojannn": {**SURROGATE, "iterations": 5},
     "tuap": {**SURROGATE, "images_ratio": 0.5},
 }
