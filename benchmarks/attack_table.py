@@ -38,7 +38,7 @@ def clean_accuracy(data: DataPair, model: str, recipe: Recipe, seed: int, store:
     """C-Acc of a model trained on the unpoisoned set."""
     context = AttackContext(
         resolve_device("auto"),
-        lambda: seeded_model(model, data.num_classes, data.image_size, seed),
+        lambda seed: seeded_model(model, data.num_classes, data.image_size, seed),
         recipe,
         data.name,
         store=store,
