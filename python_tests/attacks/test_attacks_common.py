@@ -209,7 +209,8 @@ def test_poison_is_a_function_of_the_seed(name: str, make_set: MakeSet) -> None:
     data = make_set(100, size=16)
     first, again, other = (attacks.create(name, **usual_mode(name)).poison(data, seed=s) for s in (1, 1, 2))
     assert torch.equal(first.images, again.images) and torch.equal(first.role, again.role)
-    assert not torch.equal(first.role, other.role)
+    # Which images have the longest gradients may not depend on the surrogate's seed; what is done to them does.
+    assert not (torch.equal(first.images, other.images) if name in HIDDEN else torch.equal(first.role, other.role))
     # The same attack object, used for something else in between, gives the same again.
     attack = attacks.create(name, **usual_mode(name))
     attack.poison(data, seed=2)

@@ -131,7 +131,7 @@ def test_gradients_reach_the_image() -> None:
 
 
 def test_backdoor_is_learned_on_digits() -> None:
-    """Dirty labels: with clean ones the shape of a digit outweighs the pattern."""
+    """Dirty labels, no augmentation: with clean labels it was not learned on digits."""
     attack = attacks.create("ctrl", ratio=0.1, label_mode="all2one")
     recipe = Recipe.preset("quick", dataset="digits", model="small_cnn").replace(augment=False)
     result = attacks.attack(attack, datasets.load("digits"), "small_cnn", recipe, device="cpu", progress=False)

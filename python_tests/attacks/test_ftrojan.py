@@ -143,7 +143,7 @@ def test_gradients_reach_the_image() -> None:
 
 
 def test_backdoor_is_learned_on_digits() -> None:
-    """Random crops shift the pattern against its blocks, which the quick preset's few steps do not overcome."""
+    """Without augmentation: with random crops the quick preset's few steps do not learn it."""
     recipe = Recipe.preset("quick", dataset="digits", model="small_cnn").replace(augment=False)
     result = attacks.attack("ftrojan", datasets.load("digits"), "small_cnn", recipe, device="cpu", progress=False)
     assert result.metrics["c_acc"] >= 0.95 and result.metrics["asr"] >= 0.8
