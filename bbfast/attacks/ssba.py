@@ -91,8 +91,8 @@ class SSBA(Attack):
             "there: the loss's schedule counts steps.",
             "loss='issba' has gradient differences and 1 - SSIM in the place of LPIPS, whose weights are not free to "
             "ship.",
-            "The networks' initial weights are He's (not published); with torch's own the secret is not learned for "
-            "thousands of steps.",
+            "The networks' initial weights, which are not published, are He's: with torch's own the secret is learned "
+            "much later.",
             "Clean-label and source-specific modes are offered too; the reference has all2one and all2all.",
         ),
     )
