@@ -37,6 +37,7 @@ PSNR = {
     "lf": (15, 30),
     "lira": (15, 45),
     "narcissus": (14, 40),
+    "poison_ink": (5, 20),
     "refool": (15, 32),
     "sig": (18.5, 20.5),
     "sleeper_agent": (10, 25),
@@ -59,6 +60,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     # Its own strength is below one grey level: an untrained trigger would change no byte.
     "lira": {"eps": 0.3},
     "narcissus": {**SURROGATE, "warmup_epochs": 0, "rounds": 2, "trigger_lr": 100.0},
+    "poison_ink": {"encoder_epochs": 1, "injector_width": 4, "extractor_width": 4, "stages": ("rot",)},
     "sleeper_agent": {**SURROGATE, "iterations": 1, "sources": 8, "clip_to_class": True},
     "ssba": {"encoder_epochs": 1, "secret_bits": 8},
     "trojannn": {**SURROGATE, "iterations": 5},
