@@ -111,8 +111,8 @@ class Stego(nn.Module):
     def __init__(self, encoder: SecretEncoder, decoder: SecretDecoder) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        # With torch's own initial weights a secret fades from layer to layer and long nothing is learned; He et al. 2015
-        # keep its variance.
+        # With torch's own initial weights a secret fades from layer to layer and for long nothing is learned; those of
+        # He et al. 2015 keep its variance.
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

@@ -104,7 +104,7 @@ def test_gradients_reach_the_image() -> None:
 
 
 def test_backdoor_is_learned_on_digits() -> None:
-    """Settings with which it is learned: whether it is depends on the target class (0: no, 8: yes) and on delta_test."""
+    """Settings with which it is learned: that depends on the target class (0: no, 8: yes) and on delta_test."""
     attack = attacks.create("sig", ratio=0.08, target=8, delta_test=80)
     result = attacks.attack(attack, datasets.load("digits"), "small_cnn", "quick", device="cpu", progress=False)
     assert result.metrics["c_acc"] >= 0.95 and result.metrics["asr"] >= 0.6
