@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "epsilon": 64,
     },
     "narcissus:small surrogate": {"surrogate": "small_cnn", "surrogate_preset": "quick"},
+    "poison_ink:quick encoder": {"encoder_preset": "quick"},
     "refool:as the reference": {"compat": "reference"},
     "sig:class 8, test 80": {"ratio": 0.08, "target": 8, "delta_test": 80},
     "sleeper_agent:eps 64": {
@@ -57,6 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "iterations": 60,
         "epsilon": 64,
     },
+    "ssba:quick encoder": {"encoder_preset": "quick"},
     "tact:2 %": {"ratio": 0.02},
     "tuap:eps 76": {"ratio": 0.08, "eps": 0.298},
     "wanet:s 1": {"s": 1.0, "random_rotation": 0, "random_crop": 2, "recipe": {**_ADAM, "epochs": 100}},
