@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import bbfast
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -40,3 +42,13 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
     pages = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
     assert not [page for page in pages if page not in navigation]
+
+
+def test_the_page_of_attacks_has_them_all() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| .* \| ([\w-]+) \| ([\w, ]+) \|", (ROOT / "docs/attacks.md").read_text(), re.MULTILINE
+    )
+    cards = {name: bbfast.attacks.info(name) for name in bbfast.attacks.available()}
+    assert sorted(rows) == sorted(
+        (name, card["threat"], ", ".join(card["label_modes"])) for name, card in cards.items()
+    )
