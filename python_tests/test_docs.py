@@ -46,7 +46,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 def test_the_page_of_attacks_has_them_all() -> None:
     rows = re.findall(
-        r"^\| `(\w+)` \| .* \| ([\w-]+) \| ([\w, ]+) \|", (ROOT / "docs/attacks.md").read_text(), re.MULTILINE
+        r"^\| `(\w+)` \| .*? \| ([\w-]+) \| ([\w, ]+) \|", (ROOT / "docs/attacks.md").read_text(), re.MULTILINE
     )
     cards = {name: bbfast.attacks.info(name) for name in bbfast.attacks.available()}
     assert sorted(rows) == sorted(
