@@ -53,6 +53,7 @@ class Extractor(nn.Module):
     def __init__(self, channels: int = 3, width: int = 128) -> None:
         super().__init__()
         w = width
+        last = nn.Conv2d(w, channels, 1)
         self.layers = nn.Sequential(
             *_normed(nn.Conv2d(channels, w, 3, padding=1), w),
             *_normed(nn.Conv2d(w, w, 3, padding=1), w),
@@ -60,7 +61,7 @@ class Extractor(nn.Module):
             *(_Residual(w, dilation) for dilation in (2, 2, 2, 4, 4, 4, 1)),
             *_normed(nn.ConvTranspose2d(w, w, 4, stride=2, padding=1), w),
             *_normed(nn.Conv2d(w, w, 3, padding=1), w),
-            nn.Conv2d(w, channels, 1),
+            last,
             nn.ReLU(),
         )
         for module in self.modules():
@@ -68,6 +69,10 @@ class Extractor(nn.Module):
                 nn.init.normal_(module.weight, 0, 0.02)
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
+        # White paper to begin with. From black, the large error on clean images fills Adam's second moments, which then
+        # hold the learning back for a thousand steps.
+        assert last.bias is not None
+        nn.init.ones_(last.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """Ink images ``[B, C, H, W]`` of images in 0..1; white (1) where there is no ink."""

@@ -30,8 +30,24 @@ from bbfast.training import Program, Recipe, train
 __all__ = ["InkProgram", "MixedProgram", "PoisonInk", "obtain_ink_nets", "read_ink"]
 
 _PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"epochs": 200, "batch_size": 32, "lr": 2e-4, "injector_width": 64, "extractor_width": 128},
-    "quick": {"epochs": 6, "batch_size": 16, "lr": 2e-3, "injector_width": 16, "extractor_width": 32},
+    "paper": {
+        "epochs": 200,
+        "batch_size": 32,
+        "lr": 2e-4,
+        "beta": 0.999,
+        "curve": "step",
+        "injector_width": 64,
+        "extractor_width": 128,
+    },
+    "quick": {
+        "epochs": 6,
+        "batch_size": 16,
+        "lr": 1e-3,
+        "beta": 0.99,
+        "curve": "onecycle",
+        "injector_width": 16,
+        "extractor_width": 32,
+    },
 }
 _LOSS_SCALE, _EDGE, _CLEAN = 1e4, 13.0, 100.0
 
@@ -78,10 +94,10 @@ class PoisonInk(Attack):
             stages: Stages of the networks' training, in the order rot, crop, flip, adv; each goes on from the one
                 before.
             encoder_preset: ``paper`` (200 epochs a stage, full width) or ``quick`` (6 epochs, a quarter of the width,
-                five times the rate; for small sets).
+                a cycle of up to five times the rate; for small sets).
             encoder_epochs: Epochs of each stage; None is the preset's.
             encoder_batch_size: Images a step; None is the preset's: 32, quick 16.
-            encoder_lr: Learning rate (Adam; a tenth after 80 epochs); None is the preset's: 2e-4, quick 1e-3.
+            encoder_lr: Learning rate (Adam; a tenth after 80 epochs, quick one cycle a stage); None is the preset's: 2e-4, quick 1e-3.
             injector_width: Channels of the injector's first level; None is the preset's: 64, quick 16.
             extractor_width: Channels of the extractor; None is the preset's: 128, quick 32.
             encoder_path: Your own injector's weights, a safetensors file (the ``trigger.safetensors`` of a saved result
@@ -176,14 +192,15 @@ def obtain_ink_nets(context: AttackContext, data: ImageSet, config: PoisonInk.Co
     assert isinstance(networks, InkNets)
     against = initial(lambda: Discriminator(channels), "poison ink", seed) if "adv" in config.stages else None
     programs = [InkProgram(stage, config.threshold, against if stage == "adv" else None) for stage in config.stages]
+    preset = _PRESETS[config.encoder_preset]
     recipe = Recipe(
         epochs=config.training("epochs"),
         batch_size=config.training("batch_size"),
         lr=config.training("lr"),
         optimizer="adam",
-        betas=(0.5, 0.999),
+        betas=(0.5, preset["beta"]),
         weight_decay=0,
-        schedule="step" if config.encoder_preset == "paper" else "onecycle",
+        schedule=preset["curve"],
         step_size=80,
         gamma=0.1,
         augment=False,
