@@ -97,7 +97,8 @@ class PoisonInk(Attack):
                 a cycle of up to five times the rate; for small sets).
             encoder_epochs: Epochs of each stage; None is the preset's.
             encoder_batch_size: Images a step; None is the preset's: 32, quick 16.
-            encoder_lr: Learning rate (Adam; a tenth after 80 epochs, quick one cycle a stage); None is the preset's: 2e-4, quick 1e-3.
+            encoder_lr: Learning rate (Adam; a tenth after 80 epochs, quick one cycle a stage); None is the preset's:
+                2e-4, quick 1e-3.
             injector_width: Channels of the injector's first level; None is the preset's: 64, quick 16.
             extractor_width: Channels of the extractor; None is the preset's: 128, quick 32.
             encoder_path: Your own injector's weights, a safetensors file (the ``trigger.safetensors`` of a saved result
