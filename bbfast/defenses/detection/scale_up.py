@@ -57,7 +57,7 @@ class ScaleUp(Defense):
         deviations=(
             "The deviation of a class has a floor of 0.1, below which five yes-or-no answers cannot be told apart.",
             "A class that no reserve image is predicted as uses the mean and deviation of the whole reserve.",
-            "Calibration compares predictions with each other, as inspection does; the references compare with labels.",
+            "Calibration compares predictions with predictions, as inspection does; the references take labels.",
         ),
     )
 
@@ -223,8 +223,8 @@ def standardised(
         per_class: False takes the mean and deviation of all clean scores.
 
     Returns:
-        float64 ``[N]``, and ``mean`` ``[K]``, ``sd`` ``[K]`` (floor applied) and ``pooled``, the classes that were
-        given the figures of the whole reserve because no clean image is predicted as them.
+        float64 ``[N]``, and ``mean`` ``[K]``, ``sd`` ``[K]`` (floor applied) and ``pooled``, the classes given the
+        figures of the whole reserve because no clean image is predicted as them.
     """
     clean, clean_labels = clean.double(), clean_labels if per_class else torch.zeros_like(clean_labels)
     counts = torch.bincount(clean_labels, minlength=num_classes).double()
