@@ -71,7 +71,7 @@ class SSBA(Attack):
     """Hides a string in each image with a steganographic encoder, so that every image gets a change of its own.
 
     The encoder is trained on the clean training images together with a decoder that reads the string back. That takes
-    about an hour on two cores with the default settings; ``encoder_preset="quick"`` takes minutes. It is kept in the
+    hours on two cores with the default settings; ``encoder_preset="quick"`` takes minutes. It is kept in the
     store and shared by all ratios, label modes and secrets.
     """
 
@@ -108,8 +108,7 @@ class SSBA(Attack):
             loss: ``default``: image error and secret; ``issba``: the paper's own, with a perceptual term and a critic.
             residual: The network gives a change of the image, not the image; None is True for ``loss="issba"`` only.
             encoder_preset: ``paper`` (20 epochs, at least 15,600 steps) or ``quick`` (at least 1500 steps of 16 images,
-                one cycle of a ten times higher rate, 50 bits: 17 epochs of the digits, which take 126 seconds of one
-                core and read all bits at 30 dB).
+                one cycle up to ten times the rate, 50 bits: for the digits 17 epochs, two minutes of one core).
             encoder_epochs: Passes over the training set; None is the preset's.
             encoder_batch_size: Images a step; None is the preset's: 64, quick 16.
             encoder_lr: Learning rate (Adam); None is the preset's: 1e-4, quick 1e-3.
