@@ -57,10 +57,10 @@ class PoisonInk(Attack):
     """Draws the edges of an image in one colour and hides the drawing in the image with an injector network.
 
     The injector is trained on the clean training images together with an extractor that reads the drawing back, in
-    stages that move the images more and more, so that the trigger survives augmentation. With the default settings that
-    takes hours on a GPU and is out of reach of a CPU; ``encoder_preset="quick"`` takes minutes with narrow networks: enough
-    for a backdoor, not for one that cannot be seen (22 dB on digits after half of its epochs). It is kept in the store
-    and shared by all ratios, label modes and colours.
+    stages that move the images more and more, so that the trigger survives augmentation. The default settings need a
+    GPU for hours. ``encoder_preset="quick"`` takes minutes of one core with narrow networks: enough for a backdoor, not
+    for one that cannot be seen (22 dB on digits where it was measured). What was trained is kept in the store and
+    shared by all ratios, label modes and colours.
     """
 
     card = Card(
@@ -98,8 +98,8 @@ class PoisonInk(Attack):
                 a cycle of up to five times the rate; for small sets).
             encoder_epochs: Epochs of each stage; None is the preset's.
             encoder_batch_size: Images a step; None is the preset's: 32, quick 16.
-            encoder_lr: Learning rate (Adam; a tenth after 80 epochs, quick one cycle a stage); None is the preset's: 2e-4,
-                quick 1e-3.
+            encoder_lr: Learning rate (Adam; a tenth after 80 epochs, quick one cycle a stage); None is the preset's:
+                2e-4, quick 1e-3.
             injector_width: Channels of the injector's first level; None is the preset's: 64, quick 16.
             extractor_width: Channels of the extractor; None is the preset's: 128, quick 32.
             encoder_path: Your own injector's weights, a safetensors file (the ``trigger.safetensors`` of a saved result
