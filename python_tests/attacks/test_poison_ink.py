@@ -18,8 +18,9 @@ from bbfast import ops
 from bbfast.attacks import AttackContext, AttackResult, create
 from bbfast.attacks._encoding import psnr
 from bbfast.attacks._ink import edge_mask, fit_colour, ink_image, move_grids, random_colours
+from bbfast.attacks._ink_training import InkProgram, obtain_ink_nets, read_ink
 from bbfast.attacks._poison_ink_nets import Discriminator, Extractor, Injector, InkNets
-from bbfast.attacks.poison_ink import InkProgram, MixedProgram, obtain_ink_nets, read_ink
+from bbfast.attacks.poison_ink import MixedProgram
 from bbfast.attacks.prerequisites import default_context
 from bbfast.data import DataPair, ImageSet
 from bbfast.data.loader import Batch

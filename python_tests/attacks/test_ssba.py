@@ -16,8 +16,8 @@ from bbfast.attacks._bch import bch_generator, bch_parity, text_bits
 from bbfast.attacks._encoding import steps_to_epochs
 from bbfast.attacks._similarity import perceptual_distance, ssim
 from bbfast.attacks._ssba_nets import Critic, SecretDecoder, SecretEncoder, Stego
+from bbfast.attacks._ssba_training import StegoProgram, obtain_stego, read_back
 from bbfast.attacks.prerequisites import default_context
-from bbfast.attacks.ssba import StegoProgram, obtain_stego, read_back
 from bbfast.data import DataPair, ImageSet
 from bbfast.data.loader import Batch
 from bbfast.errors import ConfigError
