@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ctrl:no crops, test 200": {"ratio": 0.09, "target": 8, "magnitude_test": 200, "recipe": {"augment": False}},
     "ftrojan:no crops": {"recipe": {"augment": False}},
     "input_aware:Adam": {"clean_train_epochs": 12, "recipe": {**_ADAM, "epochs": 60}},
+    "lc:plain surrogate": {"surrogate_kind": "standard"},
     "lf:3 passes": {"passes": 3},
     "lira:one pass, eps 26 levels": {"eps": 0.1, "eps_space": "unit", "joint_forward": True},
     "narcissus:eps 64": {
