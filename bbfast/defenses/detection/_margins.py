@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from bbfast._progress import Bar
@@ -132,13 +133,19 @@ def margin_p_value(values: Tensor) -> tuple[float | None, dict[str, float | str]
         found = _fit(null, fit)
         if found is not None:
             shape, origin, scale = found
-            log_cdf = float(stats.gamma.logcdf(largest, shape, loc=origin, scale=scale))
+            log_cdf = float(_stats().gamma.logcdf(largest, shape, loc=origin, scale=scale))
             p = float(-np.expm1(len(ranked) * log_cdf))
             return p, {"fit": fit, "shape": shape, "origin": origin, "scale": scale}
     return None, {"fit": "none"}
 
 
+def _stats() -> Any:
+    """scipy.stats, imported where a fit is made: who only lists the methods need not wait for it."""
+    return importlib.import_module("scipy.stats")
+
+
 def _fit(null: np.ndarray, fit: str) -> tuple[float, float, float] | None:
+    stats = _stats()
     if fit == "gamma2" and null[0] <= 0:
         return None
     with warnings.catch_warnings(), np.errstate(all="ignore"):
