@@ -18,6 +18,7 @@ from bbfast.defenses._content import content_keys
 from bbfast.defenses.base import Defense, DefenseConfig, register_defense
 from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.detection._gram_bounds import ClassBounds, calibrate, deviations, kmmd, order_statistic
+from bbfast.defenses.detection._stage import staged
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.view import DefenderView
 from bbfast.errors import DataRequirementError, UnsupportedModelError
@@ -116,13 +117,7 @@ class Beatrix(Defense):
 
     def __init__(self, config: DefenseConfig | None = None, **values: Any) -> None:
         super().__init__(config, **values)
-        # What is not inspected is not asked for: attacks without a training set can be inspected at inference time.
-        card = type(self).card
-        if self.config.stage == "inference":
-            own = dataclasses.replace(card, needs=card.needs - {"poisoned_train"})
-        else:
-            own = dataclasses.replace(card, needs=card.needs - {"stream"}, kinds=card.kinds[::-1])
-        self.card = own  # type: ignore[misc]
+        self.card = staged(type(self).card, self.config.stage)  # type: ignore[misc]
 
     def check(self, view: DefenderView) -> None:
         last_stage_input(view)
