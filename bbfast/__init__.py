@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bbfast import attacks, datasets, defenses, errors, interop, metrics, models, ops, transforms
     from bbfast.attacks import AttackResult, PoisonedSet, attack
     from bbfast.data import BackdoorSet, DataPair, ImageSet
-    from bbfast.defenses import DefenderView, DefenseResult, defend
+    from bbfast.defenses import DefenderView, DefenseResult, defend, detect_all
     from bbfast.evaluation import evaluate
     from bbfast.store import Store
     from bbfast.training import Recipe, TrainResult, predict, train
@@ -34,6 +34,7 @@ _NAMES = {
     "TrainResult": "bbfast.training",
     "attack": "bbfast.attacks",
     "defend": "bbfast.defenses",
+    "detect_all": "bbfast.defenses",
     "evaluate": "bbfast.evaluation",
     "predict": "bbfast.training",
     "train": "bbfast.training",
@@ -56,6 +57,7 @@ __all__ = [
     "datasets",
     "defend",
     "defenses",
+    "detect_all",
     "errors",
     "evaluate",
     "interop",

@@ -19,6 +19,7 @@ __all__ = [
     "CorruptArtifactError",
     "DataRequirementError",
     "DatasetError",
+    "DetectionError",
     "DivergedError",
     "NewerFormatError",
     "UnknownNameError",
@@ -97,3 +98,20 @@ class AccessDeniedError(BBFastError):
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
     """Up to ``n`` names of ``known`` closest to ``name``, best first."""
     return difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
+
+
+class DetectionError(BBFastError):
+    """Some of several detectors failed; what the others found is in ``results``.
+
+    Args:
+        results: Name to result of those that ran.
+        failures: Name to exception of those that did not.
+    """
+
+    def __init__(self, results: dict[str, Any], failures: dict[str, Exception]) -> None:
+        said = "; ".join(f"{name}: {error}" for name, error in failures.items())
+        super().__init__(f"{len(failures)} of {len(results) + len(failures)} detectors failed: {said}")
+        self.results, self.failures = results, failures
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.results, self.failures)

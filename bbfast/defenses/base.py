@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import field_validator, model_validator
@@ -12,6 +12,7 @@ from pydantic import field_validator, model_validator
 from bbfast._config import MethodConfig, build_config
 from bbfast._registry import Registry
 from bbfast.defenses.card import KINDS, DefenseCard
+from bbfast.defenses.features import Reader
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.view import DefenderView
 from bbfast.errors import UnknownNameError
@@ -52,6 +53,8 @@ class DefenseConfig(MethodConfig):
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"bbfast": {}}
     dataset_defaults: ClassVar[dict[str, dict[str, Any]]] = {}
+    detect_only: ClassVar[dict[str, Any]] = {}
+    """Settings with which a method that detects and then mitigates stops after the first."""
 
     preset: str = "bbfast"
 
@@ -120,6 +123,18 @@ class Defense(ABC):
             UnsupportedModelError: if the model lacks layers that the method needs.
             DataRequirementError: if the granted data are too few.
         """
+
+    def readers(self, view: DefenderView, source: str) -> Sequence[Reader]:
+        """What :meth:`run` will ask ``view`` to read of a granted set, so that several defenses can share the pass.
+
+        Called for ``reserve`` and ``clean`` before ``poisoned_train`` and ``stream``, each after the one before has
+        been read: a reader may be built from what the view holds by then.
+
+        Args:
+            view: The view of the coming run.
+            source: One of the granted sets.
+        """
+        return ()
 
     @abstractmethod
     def run(self, view: DefenderView) -> DefenseResult:

@@ -1,57 +1,131 @@
-"""Features of whole sets, made in one pass and shared between the methods that read them."""
+"""What methods read of whole sets, made in one pass and shared between them."""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bbfast import ops
+from bbfast.defenses._content import content_keys
 from bbfast.training.prediction import evaluating
 
-__all__ = ["FeatureCache", "extract_features"]
+__all__ = ["FeatureCache", "FeatureReader", "Reader", "read_set"]
+
+
+PASS_BATCH = 256
+
+
+class Reader(ABC):
+    """Makes something of a set from one forward pass over it, batch by batch.
+
+    Several readers of one set share the pass (:func:`read_set`), so what passes at a layer need not be kept by more
+    than those who need all of it.
+    """
+
+    @property
+    @abstractmethod
+    def roles(self) -> tuple[str, ...]:
+        """Layers whose features it wants, see :func:`bbfast.models.roles`."""
+
+    @property
+    @abstractmethod
+    def key(self) -> Hashable:
+        """What tells its outcome from that of other readers of the same set and model."""
+
+    @abstractmethod
+    def begin(self, total: int, device: torch.device) -> None:
+        """A pass over ``total`` images starts."""
+
+    @abstractmethod
+    def batch(self, index: Tensor, found: Mapping[str, Tensor], logits: Tensor) -> None:
+        """Take in one batch.
+
+        Args:
+            index: int64 ``[B]``, which images of the set these are.
+            found: Role to feature ``[B, ...]``, not to be changed.
+            logits: ``[B, K]``.
+        """
+
+    @abstractmethod
+    def outcome(self) -> Any:
+        """What was made, after the last batch."""
+
+
+class FeatureReader(Reader):
+    """Keeps the features of one role: float32 ``[N, ...]`` in the set's order."""
+
+    def __init__(self, role: str) -> None:
+        self._role = role
+        self._total = 0
+        self._kept: Tensor | None = None
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return (self._role,)
+
+    @property
+    def key(self) -> Hashable:
+        return self._role
+
+    def begin(self, total: int, device: torch.device) -> None:
+        self._total, self._kept = total, None
+
+    def batch(self, index: Tensor, found: Mapping[str, Tensor], logits: Tensor) -> None:
+        values = found[self._role]
+        if self._kept is None:
+            self._kept = torch.empty(self._total, *values.shape[1:], device=values.device)
+        self._kept[index] = values.float()
+
+    def outcome(self) -> Tensor:
+        assert self._kept is not None
+        return self._kept
 
 
 @torch.no_grad()
-def extract_features(
+def read_set(
     model: nn.Module,
     images: Tensor,
-    role: str,
+    readers: Sequence[Reader],
     mean: tuple[float, ...],
     std: tuple[float, ...],
     device: torch.device | str,
-    batch_size: int = 512,
-) -> Tensor:
-    """One pass over a set: eval mode, no augmentation, stored order, float32.
+) -> None:
+    """Run ``model`` once over a set, in eval mode and without augmentation, and let every reader take in each batch.
+
+    Images come in an order given by their pixels, so that neither the storage order nor the company of other readers
+    changes a bit of what a reader sees.
 
     Args:
         model: On ``device``; in eval mode for the pass.
         images: uint8 ``[N, C, H, W]``.
-        role: Layer role, see :func:`bbfast.models.roles`.
+        readers: One or more.
         mean: Per-channel mean of the normalisation, in 0..1 units.
         std: Per-channel standard deviation of the normalisation, in 0..1 units.
         device: Where to compute.
-        batch_size: Images in a forward pass.
-
-    Returns:
-        float32 ``[N, d]`` (``penultimate``) or ``[N, ...]``, on ``device``.
 
     Raises:
-        UnsupportedModelError: if the model has no layer of that role.
+        UnsupportedModelError: if the model has no layer of a role.
     """
-    from bbfast.models import features
+    from bbfast.models import forward_features
 
     device = torch.device(device)
     images = images.to(device)
+    roles = sorted({role for reader in readers for role in reader.roles})
+    order = content_keys(images).argsort(stable=True)
+    for reader in readers:
+        reader.begin(len(images), device)
     with evaluating(model):
-        parts = [
-            features(model, normalised(images, start, batch_size, mean, std), role).float()
-            for start in range(0, max(images.shape[0], 1), batch_size)
-        ]
-    return torch.cat(parts)
+        # A set without images still makes one empty batch: it shows the shapes.
+        for index in order.split(PASS_BATCH):
+            found, logits = forward_features(model, ops.gather_augment(images, index, mean=mean, std=std), roles)
+            for reader in readers:
+                reader.batch(index, found, logits)
 
 
 def normalised(

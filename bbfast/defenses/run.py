@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from bbfast.attacks.result import AttackResult
     from bbfast.training import Recipe
 
-__all__ = ["Population", "build_view", "defend"]
+__all__ = ["Population", "build_view", "check_seed", "defend", "resolve_attack", "run_and_judge"]
 
 _log = logging.getLogger(__name__)
 
@@ -94,12 +94,12 @@ def defend(
     """
     from bbfast.training.device import resolve_device
 
-    attack = _resolve_attack(attack_result)
+    attack = resolve_attack(attack_result)
     if isinstance(defense, str):
         defense = create(defense)
     if not isinstance(defense, Defense):
         raise TypeError(f"defense must be a name or a Defense, got {type(defense).__qualname__}")
-    _check_seed(seed)
+    check_seed(seed)
     target = resolve_device(device)
     defense = defense.for_dataset(_facts(attack).name)
     view, population = build_view(
@@ -114,15 +114,27 @@ def defend(
         recipe=recipe,
     )
     defense.check(view)
-    result = _timed_run(defense, view, target, seed)
+    result = run_and_judge(defense, attack, view, population, clean_fraction)
     if cache is not None:
         cache.put(attack.model, population.draws, view.computed_features())
+    return result
+
+
+def run_and_judge(
+    defense: Defense,
+    attack: AttackResult,
+    view: DefenderView,
+    population: Population,
+    clean_fraction: float | None,
+) -> DefenseResult:
+    """Run a defense on the view that :func:`build_view` made, and measure what it achieved."""
+    result = _timed_run(defense, view)
     result.info.setdefault("data_used", list(view.used))
     if "poisoned_train" in view.used and _changed_every_epoch(attack):
         result.info["static_snapshot"] = True
-    result.config = _config(defense, attack, view, clean_fraction, target)
+    result.config = _config(defense, attack, view, clean_fraction)
     # The ground truth has the last word: a figure of that name from the defense itself is only its own opinion.
-    result.metrics = {**result.metrics, **judge(result, attack, population, target)}
+    result.metrics = {**result.metrics, **judge(result, attack, population, view.device)}
     return result
 
 
@@ -193,8 +205,9 @@ def build_view(
     return view, Population(test, backdoor_test, whole, truth, draws)
 
 
-def _timed_run(defense: Defense, view: DefenderView, device: torch.device, seed: int) -> DefenseResult:
+def _timed_run(defense: Defense, view: DefenderView) -> DefenseResult:
     """Run under generators of its own: same seed, same result, and the caller's random state is left alone."""
+    device = view.device
     gpus = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus), peak_memory(device) as memory:
         torch.manual_seed(view.derive_seed("global"))
@@ -256,16 +269,14 @@ def _recipe(attack: AttackResult) -> Recipe | None:
     return Recipe(**stored) if stored else None
 
 
-def _config(
-    defense: Defense, attack: AttackResult, view: DefenderView, clean_fraction: float | None, device: torch.device
-) -> dict[str, Any]:
+def _config(defense: Defense, attack: AttackResult, view: DefenderView, clean_fraction: float | None) -> dict[str, Any]:
     card = defense.card
     config: dict[str, Any] = {
         "defense": defense.name,
         "defense_config": defense.config.model_dump(mode="json"),
         "clean_fraction": card.clean_fraction if clean_fraction is None else clean_fraction,
         "seed": view.seed,
-        "device": str(device),
+        "device": str(view.device),
         "needs": sorted(card.needs),
         "attack": attack.config,
         "versions": {"bbfast": __version__, "torch": str(torch.__version__)},
@@ -315,12 +326,12 @@ def _check_fraction(fraction: object) -> float:
     return float(fraction)
 
 
-def _check_seed(seed: object) -> None:
+def check_seed(seed: object) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
 
 
-def _resolve_attack(attack_result: AttackResult | str | Path) -> AttackResult:
+def resolve_attack(attack_result: AttackResult | str | Path) -> AttackResult:
     from bbfast.attacks.result import AttackResult
 
     if isinstance(attack_result, str | Path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bbfast.data.imageset import ImageSet
 from bbfast.data.loader import derive_seed
-from bbfast.defenses.features import extract_features
+from bbfast.defenses.features import FeatureReader, Reader, read_set
 from bbfast.defenses.holdout import split_stratified
 from bbfast.errors import AccessDeniedError, UnsupportedModelError
 
@@ -115,6 +115,7 @@ class DefenderView:
         self._held: dict[str, Any] = {name: value for name, value in held.items() if value is not None}
         self._spec = grants.model_spec if "fresh_model" in self.needs else None
         self._features = {key: value for key, value in grants.features.items() if key[0] in self._held}
+        self._readings: dict[tuple[str, Hashable], Any] = {}
         self._used: set[str] = set()
         self._model_version = _version(self._held.get("model"))
 
@@ -239,19 +240,52 @@ class DefenderView:
             UnsupportedModelError: if the model has no layer of that role.
             RuntimeError: if the model has been changed since it was granted.
         """
-        if source not in _SOURCES:
-            raise ValueError(f"source must be one of {_SOURCES}, got {source!r}")
-        images = self._get(source).images
+        self._source(source)
         key = (source, role)
         if key not in self._features:
-            model = self.model
-            if _version(model) != self._model_version:
-                raise RuntimeError(
-                    f"{self.method}: view.features({role!r}, {source!r}) was asked for after view.model was changed; "
-                    "take the features first or change a copy.deepcopy of the model"
-                )
-            self._features[key] = extract_features(model, images, role, self.mean, self.std, self.device)
+            self._features[key] = self._read_now(source, [FeatureReader(role)])[0]
         return self._features[key].to(self.device, copy=True)
+
+    def read(self, source: str, reader: Reader) -> Any:
+        """What ``reader`` makes of a granted set: of a pass that other defenses shared (:func:`bbfast.detect_all`), or
+        of one made now.
+
+        Args:
+            source: ``poisoned_train``, ``clean``, ``reserve`` or ``stream``.
+            reader: See :class:`bbfast.defenses.Reader`.
+
+        Raises:
+            AccessDeniedError, UnsupportedModelError, RuntimeError: as :meth:`features` does.
+        """
+        self._source(source)
+        key = (source, reader.key)
+        if key not in self._readings:
+            self._readings[key] = self._read_now(source, [reader])[0]
+        return self._readings[key]
+
+    def _source(self, source: str) -> Tensor:
+        if source not in _SOURCES:
+            raise ValueError(f"source must be one of {_SOURCES}, got {source!r}")
+        images: Tensor = self._get(source).images
+        return images
+
+    def _read_now(self, source: str, readers: Sequence[Reader]) -> list[Any]:
+        """One pass over a granted set for all ``readers``; their outcomes."""
+        images, model = self._source(source), self.model
+        if _version(model) != self._model_version:
+            raise RuntimeError(
+                f"{self.method}: {source!r} was to be read after view.model was changed; "
+                "take the features first or change a copy.deepcopy of the model"
+            )
+        read_set(model, images, readers, self.mean, self.std, self.device)
+        return [reader.outcome() for reader in readers]
+
+    def keep(self, source: str, reader: Reader, outcome: Any) -> None:
+        """Take what a shared pass gave ``reader``; the runner's."""
+        if isinstance(reader, FeatureReader):
+            self._features[source, reader.roles[0]] = outcome
+        else:
+            self._readings[source, reader.key] = outcome
 
     def computed_features(self) -> dict[tuple[str, str], Tensor]:
         """The features held so far by (source, role): what the runner keeps for the next defense on the same model."""

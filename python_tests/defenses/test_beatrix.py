@@ -222,7 +222,7 @@ def test_result_and_storage_order() -> None:
     assert set(limits) == set(result.verdict["anomaly"]) == {0, 1, 2, 3}
 
     order = torch.randperm(160, generator=generator(0))
-    again = defenses.create("beatrix", batch_size=7).run(view_with(net, pictures(160, 1)[order], inspected[:9]))
+    again = defenses.create("beatrix").run(view_with(net, pictures(160, 1)[order], inspected[:9]))
     torch.testing.assert_close(rows(again)[0], scores[:9], rtol=1e-3, atol=1e-4)
     order = torch.randperm(70, generator=generator(1))
     other = defenses.create("beatrix").run(view_with(net, pictures(160, 1), inspected[order]))
@@ -330,7 +330,6 @@ def test_architectures(name: str, layer: str) -> None:
         {"quantile": 0.0},
         {"anomaly_threshold": 0},
         {"flag_mode": "class"},
-        {"batch_size": 0},
     ],
 )
 def test_bad_settings(config: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,6 +22,7 @@ from bbfast.defenses.detection._clusters import (
     nearer_to_another_class,
 )
 from bbfast.defenses.detection._exre import Reclassified, judge, reclassify
+from bbfast.defenses.features import FeatureReader, Reader
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.view import DefenderView
 from bbfast.errors import UnsupportedModelError
@@ -111,6 +113,7 @@ class AC(Defense):
             retrain: Train a fresh model without the flagged samples; False gives scores and flags only.
         """
 
+        detect_only: ClassVar[dict[str, Any]] = {"retrain": False}
         presets: ClassVar[dict[str, dict[str, Any]]] = {
             "bbfast": {},
             "reference": {"reduce": "pca", "analysis": "smaller"},
@@ -138,6 +141,9 @@ class AC(Defense):
     def check(self, view: DefenderView) -> None:
         if self.config.retrain or self.config.analysis == "exre":
             demand_recipe(view, "ac", ", or retrain=False")
+
+    def readers(self, view: DefenderView, source: str) -> Sequence[Reader]:
+        return [FeatureReader("penultimate")] if source == "poisoned_train" else ()
 
     def run(self, view: DefenderView) -> DefenseResult:
         cfg, data = self.config, view.poisoned_train

@@ -6,25 +6,24 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from bbfast import ops
 from bbfast.defenses._content import content_keys
 from bbfast.defenses.base import Defense, DefenseConfig, register_defense
 from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.detection._gram_bounds import ClassBounds, calibrate, deviations, kmmd, order_statistic
 from bbfast.defenses.detection._stage import staged
+from bbfast.defenses.features import Reader
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.view import DefenderView
 from bbfast.errors import DataRequirementError, UnsupportedModelError
 from bbfast.models import roles
-from bbfast.models._roles import forward_features
-from bbfast.training.prediction import evaluating
 
 __all__ = ["Beatrix", "class_anomaly", "last_stage_input"]
 
@@ -35,6 +34,7 @@ _FOLDS = 5
 _FEW = 20
 _LEAST_LIMIT = 1e-6  # about one Gram entry of 32,896 that leaves its bounds by a quarter of them
 _STATISTIC_SAMPLES = 500
+_SOURCE = {"inference": "stream", "train": "poisoned_train"}
 
 
 @register_defense("beatrix")
@@ -98,7 +98,6 @@ class Beatrix(Defense):
             anomaly_threshold: ``J*`` of a target class.
             flag_mode: ``auto`` is ``sample`` at inference and ``class_then_sample`` for the training set.
             compat: BackdoorBench's Gram matrices, ``A = F F^T`` for every order, and denominators ``|bound + 1e-6|``.
-            batch_size: Images in a forward pass.
         """
 
         presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -113,7 +112,6 @@ class Beatrix(Defense):
         anomaly_threshold: float = Field(math.exp(2), gt=0)
         flag_mode: Literal["auto", "sample", "class_then_sample"] = "auto"
         compat: bool = False
-        batch_size: int = Field(256, ge=1)
 
     def __init__(self, config: DefenseConfig | None = None, **values: Any) -> None:
         super().__init__(config, **values)
@@ -130,12 +128,12 @@ class Beatrix(Defense):
         cfg = self.config
         self.check(view)
         clock = time.perf_counter()
-        clean = self._calibrate(view)
+        clean = view.read("reserve", _Calibration(self, view))
         calibrated = time.perf_counter()
 
-        images = (view.stream if cfg.stage == "inference" else view.poisoned_train).images
-        order = content_keys(images).argsort(stable=True)
-        scores, predicted, pooled = self._score(view, images, order, clean)
+        source = _SOURCE[cfg.stage]
+        scores, predicted, pooled = view.read(source, _Deviations(self, view, clean))
+        order = content_keys(getattr(view, source).images).argsort(stable=True)
         suspicious = scores > 1
         statistic = torch.full((view.num_classes,), torch.nan, dtype=torch.float64)
         for c, known in clean.items():
@@ -171,55 +169,12 @@ class Beatrix(Defense):
             },
         )
 
-    def _calibrate(self, view: DefenderView) -> dict[int, _Clean]:
-        cfg, images = self.config, view.reserve.images
-        batches = list(self._pass(view, images, content_keys(images).argsort(stable=True)))
-        maps, predicted = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        clean = {}
-        for c in range(view.num_classes):
-            mine = maps[predicted == c][: cfg.reserve_per_class]
-            if len(mine) < _FOLDS:
-                continue
-            bounds, own = calibrate(mine, _ORDERS, _FOLDS, cfg.compat)
-            limit = max(order_statistic(own, cfg.quantile), _LEAST_LIMIT)
-            clean[c] = _Clean(bounds, limit, _spatial_mean(mine))
-        if not clean:
-            name = type(view.model).__name__
-            reason = f"it predicts no class for {_FOLDS} or more of {len(images)} clean images"
-            raise UnsupportedModelError("beatrix", name, reason, "raise reserve_per_class")
-        few = [c for c, known in clean.items() if len(known.pooled) < _FEW]
-        if few:
-            _log.warning("beatrix: classes %s have fewer than %d clean images to calibrate on", few, _FEW)
-        return clean
-
-    def _score(
-        self, view: DefenderView, images: Tensor, order: Tensor, clean: dict[int, _Clean]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Score, predicted class and spatial mean of each image, in the order of ``order``."""
-        parts = []
-        for maps, predicted in self._pass(view, images, order):
-            scores = torch.full(predicted.shape, torch.nan, device=maps.device)
-            for c in set(predicted.tolist()) & set(clean):
-                mine, known = predicted == c, clean[c]
-                scores[mine] = deviations(maps[mine], _ORDERS, known.bounds, self.config.compat) / known.limit
-            parts.append((scores, predicted, _spatial_mean(maps)))
-        scores, predicted, pooled = (torch.cat(part) for part in zip(*parts, strict=True))
-        return scores, predicted, pooled
-
-    @torch.no_grad()
-    def _pass(self, view: DefenderView, images: Tensor, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Feature maps ``[B, C, ...]`` and predicted classes ``[B]``, batch by batch."""
-        role, model = last_stage_input(view), view.model
-        for index in order.split(self.config.batch_size):
-            x = ops.gather_augment(images, index, mean=view.mean, std=view.std)
-            with evaluating(model):
-                found, logits = forward_features(model, x, [role])
-            maps = _as_maps(found[role])
-            broken = int((~(maps.flatten(1).isfinite().all(dim=1) & logits.isfinite().all(dim=1))).sum())
-            if broken:
-                reason = f"its features or logits are NaN or infinite on {broken} of {len(index)} images"
-                raise UnsupportedModelError("beatrix", type(model).__name__, reason, "its training diverged")
-            yield maps, logits.argmax(dim=1)
+    def readers(self, view: DefenderView, source: str) -> Sequence[Reader]:
+        if source == "reserve":
+            return [_Calibration(self, view)]
+        if source == _SOURCE[self.config.stage]:
+            return [_Deviations(self, view, view.read("reserve", _Calibration(self, view)))]
+        return ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -229,6 +184,87 @@ class _Clean:
     bounds: ClassBounds
     limit: float
     pooled: Tensor
+
+
+class _MapReader(Reader):
+    """Sees the feature maps ``[B, C, ...]`` and predicted classes ``[B]`` of each batch."""
+
+    def __init__(self, method: Beatrix, view: DefenderView) -> None:
+        self.config = method.config
+        self.model, self.num_classes = type(view.model).__name__, view.num_classes
+        self._role = last_stage_input(view)
+        self._parts: list[tuple[Tensor, ...]] = []
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return (self._role,)
+
+    @property
+    def key(self) -> Hashable:
+        return type(self)
+
+    def begin(self, total: int, device: torch.device) -> None:
+        self._parts = []
+
+    def batch(self, index: Tensor, found: Mapping[str, Tensor], logits: Tensor) -> None:
+        maps = _as_maps(found[self._role])
+        broken = int((~(maps.flatten(1).isfinite().all(dim=1) & logits.isfinite().all(dim=1))).sum())
+        if broken:
+            reason = f"its features or logits are NaN or infinite on {broken} of {len(index)} images"
+            raise UnsupportedModelError("beatrix", self.model, reason, "its training diverged")
+        self._parts.append(self.take(maps, logits.argmax(dim=1)))
+
+    @abstractmethod
+    def take(self, maps: Tensor, predicted: Tensor) -> tuple[Tensor, ...]:
+        """What is kept of a batch."""
+
+    def joined(self) -> list[Tensor]:
+        """What was kept, in the order of the pass."""
+        return [torch.cat(part) for part in zip(*self._parts, strict=True)]
+
+
+class _Calibration(_MapReader):
+    """The reserve's pass. Its outcome is what is known of each class."""
+
+    def take(self, maps: Tensor, predicted: Tensor) -> tuple[Tensor, ...]:
+        # A copy: what passes at a layer may be overwritten by the next one.
+        return maps.clone(), predicted
+
+    def outcome(self) -> dict[int, _Clean]:
+        cfg, (maps, predicted) = self.config, self.joined()
+        clean = {}
+        for c in range(self.num_classes):
+            mine = maps[predicted == c][: cfg.reserve_per_class]
+            if len(mine) < _FOLDS:
+                continue
+            bounds, own = calibrate(mine, _ORDERS, _FOLDS, cfg.compat)
+            limit = max(order_statistic(own, cfg.quantile), _LEAST_LIMIT)
+            clean[c] = _Clean(bounds, limit, _spatial_mean(mine))
+        if not clean:
+            reason = f"it predicts no class for {_FOLDS} or more of {len(maps)} clean images"
+            raise UnsupportedModelError("beatrix", self.model, reason, "raise reserve_per_class")
+        few = [c for c, known in clean.items() if len(known.pooled) < _FEW]
+        if few:
+            _log.warning("beatrix: classes %s have fewer than %d clean images to calibrate on", few, _FEW)
+        return clean
+
+
+class _Deviations(_MapReader):
+    """The inspected set's pass. Its outcome: score, predicted class and spatial mean of each image."""
+
+    def __init__(self, method: Beatrix, view: DefenderView, clean: Mapping[int, _Clean]) -> None:
+        super().__init__(method, view)
+        self._clean = clean
+
+    def take(self, maps: Tensor, predicted: Tensor) -> tuple[Tensor, ...]:
+        scores = torch.full(predicted.shape, torch.nan, device=maps.device)
+        for c in set(predicted.tolist()) & set(self._clean):
+            mine, known = predicted == c, self._clean[c]
+            scores[mine] = deviations(maps[mine], _ORDERS, known.bounds, self.config.compat) / known.limit
+        return scores, predicted, _spatial_mean(maps)
+
+    def outcome(self) -> list[Tensor]:
+        return self.joined()
 
 
 def class_anomaly(statistic: Tensor) -> Tensor:

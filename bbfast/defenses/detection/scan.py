@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -19,6 +20,7 @@ from bbfast.defenses.detection._clusters import class_batches
 from bbfast.defenses.detection._inspected import Inspected, demand_role, finite_features, inspect
 from bbfast.defenses.detection._kmeans import kmeans, split_starts
 from bbfast.defenses.detection._two_component import TwoComponent, fit, likelihood_ratio
+from bbfast.defenses.features import FeatureReader, Reader
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.view import DefenderView
 from bbfast.errors import DataRequirementError, UnsupportedModelError
@@ -115,6 +117,9 @@ class Scan(Defense):
                 "scan needs clean images of at least 2 classes, 2 or more of one; the reserve has "
                 f"{len(view.reserve)} images of {int((counts > 0).sum())} classes"
             )
+
+    def readers(self, view: DefenderView, source: str) -> Sequence[Reader]:
+        return [FeatureReader("penultimate")] if source in ("poisoned_train", "reserve") else ()
 
     def run(self, view: DefenderView) -> DefenseResult:
         cfg, clock = self.config, time.perf_counter()

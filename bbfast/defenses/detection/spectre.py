@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,6 +17,7 @@ from bbfast.defenses.detection._clusters import class_batches
 from bbfast.defenses.detection._inspected import Inspected, demand_role, inspect
 from bbfast.defenses.detection._quantum import covariance, inverse_root, que_matrix, que_scores, robust_members
 from bbfast.defenses.detection._reduce import principal_axes
+from bbfast.defenses.features import FeatureReader, Reader
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.view import DefenderView
 
@@ -95,6 +97,9 @@ class Spectre(Defense):
 
     def check(self, view: DefenderView) -> None:
         demand_role(view)
+
+    def readers(self, view: DefenderView, source: str) -> Sequence[Reader]:
+        return [FeatureReader("penultimate")] if source == "poisoned_train" else ()
 
     def run(self, view: DefenderView) -> DefenseResult:
         cfg, clock = self.config, time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,6 +16,7 @@ from bbfast.defenses.base import Defense, DefenseConfig, register_defense
 from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.detection._inspected import Inspected, demand_role, inspect
 from bbfast.defenses.detection._reduce import principal_axes
+from bbfast.defenses.features import FeatureReader, Reader
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.view import DefenderView
 from bbfast.metrics import anomaly_index
@@ -77,6 +79,7 @@ class SS(Defense):
             retrain: Train a fresh model without the flagged samples; False gives scores and flags only.
         """
 
+        detect_only: ClassVar[dict[str, Any]] = {"retrain": False}
         presets: ClassVar[dict[str, dict[str, Any]]] = {"bbfast": {}, "reference": {"percentile": 85.0}}
 
         assumed_poison_fraction: float = Field(0.10, gt=0, le=0.5)
@@ -101,6 +104,9 @@ class SS(Defense):
             raise ValueError(f"ss: target_labels must lie in 0..{view.num_classes - 1}, got {list(labels)}")
         if self.config.retrain:
             demand_recipe(view, "ss", ", or retrain=False")
+
+    def readers(self, view: DefenderView, source: str) -> Sequence[Reader]:
+        return [FeatureReader(_ROLES[self.config.feature])] if source == "poisoned_train" else ()
 
     def run(self, view: DefenderView) -> DefenseResult:
         cfg, clock = self.config, time.perf_counter()

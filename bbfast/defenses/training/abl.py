@@ -86,6 +86,7 @@ class ABL(Defense):
             ascent_stop: Loss on the isolated samples above which ascent ends; None never ends it early.
         """
 
+        detect_only: ClassVar[dict[str, Any]] = {"finetune_epochs": 0, "unlearn_epochs": 0}
         presets: ClassVar[dict[str, dict[str, Any]]] = {
             "bbfast": {},
             "reference": {},
