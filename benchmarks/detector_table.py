@@ -1,0 +1,138 @@
+"""What the detectors find: TPR, FPR and AUROC against attacks at several poisoning ratios; tables, one an attack.
+
+    python benchmarks/detector_table.py --data digits --out runs/table
+    python benchmarks/detector_table.py --data gtsrb_small.npz --normalize gtsrb --epochs 60 --out runs/table
+
+Every attack and every detection is stored; a finished one is read back. ``--detectors`` takes labels of ``DETECTORS``.
+A ratio that an attack cannot have, because the class that it is bound to is too small, is left out. The last table is
+of the same recipe with one poisoned image: what a detector flags there, it flags without cause.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bbfast import attacks, datasets, defenses
+from bbfast.attacks import AttackResult
+from bbfast.cli.stages import attack_stage, defense_stage, recipe_for
+from bbfast.data import DataPair
+from bbfast.errors import BBFastError
+from bbfast.store import Store
+from bbfast.training import Recipe
+
+ATTACKS = ("badnets", "blended", "sig", "wanet", "tact", "adaptive_blend")
+RATIOS = (0.01, 0.05, 0.10)
+_TRAIN = {"stage": "train"}
+DETECTORS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ("ac", "ss", "scan", "spectre", "agpd", "asset", "abl", "d_br")},
+    **{f"{name}, training set": (name, _TRAIN) for name in ("strip", "beatrix", "cd", "freak")},
+    **{f"{name}, stream": (name, {"stage": "inference"}) for name in ("strip", "beatrix", "cd", "freak")},
+    **{name: (name, {}) for name in ("scale_up", "ibd_psc", "sentinet", "teco", "mm_bd", "nc")},
+}
+"""Label to method and settings. Methods that go on to mitigate only detect."""
+
+
+def bound(label: str, data: DataPair) -> float:
+    """Largest share of the training set that the attack can poison."""
+    defaults = attacks.info(label)["defaults"]
+    if defaults["label_mode"] not in ("clean_label", "one2one"):
+        return 1.0
+    classes = [defaults["target"]] if defaults["label_mode"] == "clean_label" else defaults["source_classes"]
+    return float(torch.isin(data.train.labels, torch.tensor(classes)).double().mean())
+
+
+def detect(
+    label: str, result: AttackResult, store: Store, seed: int, cache: defenses.FeatureCache
+) -> dict[str, Any] | None:
+    """Metrics of one detector on one attack; None where it refuses."""
+    name, settings = DETECTORS[label]
+    method = defenses.create(name, **defenses.find(name).Config.detect_only, **settings)
+    try:
+        found = defense_stage(store, method, result, seed=seed, cache=cache).result
+    except BBFastError as error:
+        print(f"  {label}: {error}", flush=True)
+        return None
+    return {
+        **found.metrics,
+        "verdict": {key: found.verdict[key] for key in ("backdoored", "targets") if key in found.verdict},
+    }
+
+
+def cell(found: dict[str, Any] | None) -> str:
+    """TPR / FPR / AUROC in per cent; of detectors of models, the classes that they accuse."""
+    if found is None:
+        return "refused"
+    if "tpr" not in found:
+        verdict = found["verdict"]
+        return f"accuses {verdict['targets']}" if verdict.get("backdoored") else "accuses none"
+    shown = (found[key] for key in ("tpr", "fpr", "auroc"))
+    return " / ".join("-" if value != value else f"{100 * value:.0f}" for value in shown)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="an .npz file or the name of a data set that needs no folder")
+    parser.add_argument("--normalize", default="auto")
+    parser.add_argument("--flip", action="store_true")
+    parser.add_argument("--model", default="small_cnn")
+    parser.add_argument("--attacks", nargs="+", default=ATTACKS)
+    parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
+    parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS), metavar="LABEL")
+    parser.add_argument("--preset", default="quick", choices=["quick", "paper"])
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/table"))
+    parser.add_argument("--json", type=Path, help="also write everything measured there")
+    given = parser.parse_args(arguments)
+
+    if Path(given.data).suffix == ".npz":
+        data = datasets.load("npz", given.data, normalize=given.normalize, flip=given.flip)
+    else:
+        data = datasets.load(given.data)
+    store = Store(given.out)
+    recipe = Recipe.preset(given.preset, dataset=data.name, model=given.model).replace(eval_every=0)
+    if given.epochs is not None:
+        recipe = recipe.replace(epochs=given.epochs)
+
+    rows: list[dict[str, Any]] = []
+    plan = [(name, {"ratio": ratio}) for name in given.attacks for ratio in given.ratios if ratio <= bound(name, data)]
+    for name, settings in [*plan, ("badnets", {"ratio": None, "count": 1})]:
+        method = attacks.create(name, **settings)
+        own = recipe_for(method, given.preset, data.name, given.model).replace(eval_every=0, epochs=recipe.epochs)
+        result = attack_stage(store, method, data, given.model, own, seed=given.seed).result
+        cache = defenses.FeatureCache()
+        for label in given.detectors:
+            started = time.perf_counter()
+            found = detect(label, result, store, given.seed, cache)
+            known = {key: result.metrics[key] for key in ("c_acc", "asr")}
+            rows.append({"attack": name, **settings, **known, "detector": label, "found": found})
+            print(f"{name} {settings} {label}: {cell(found)} ({time.perf_counter() - started:.0f} s)", flush=True)
+        if given.json is not None:
+            given.json.write_text(json.dumps(rows, indent=1))
+
+    print(f"\n{data.name}, {given.model}, {given.preset}, {recipe.epochs} epochs, seed {given.seed}: TPR / FPR / AUROC")
+    for name in [*given.attacks, None]:
+        mine = [
+            row for row in rows if (row["attack"] == name and "count" not in row) or (name is None and "count" in row)
+        ]
+        columns = list(dict.fromkeys(row["ratio"] for row in mine))
+        asr = {row["ratio"]: row["asr"] for row in mine}
+        heads = ["no backdoor" if ratio is None else f"{ratio:.0%}, ASR {100 * asr[ratio]:.0f}" for ratio in columns]
+        print(f"\n| {name or 'one image'} | " + " | ".join(heads) + " | seconds |")
+        print("|" + "---|" * (len(columns) + 2))
+        for label in given.detectors:
+            cells = [row["found"] for row in mine if row["detector"] == label]
+            seconds = [found["seconds"] for found in cells if found is not None]
+            spent = f"{sum(seconds) / len(seconds):.1f}" if seconds else ""
+            print(f"| {label} | " + " | ".join(map(cell, cells)) + f" | {spent} |")
+
+
+if __name__ == "__main__":
+    main()
