@@ -243,9 +243,10 @@ def _changed_every_epoch(attack: AttackResult) -> bool:
 
     try:
         method = attacks.create(attack.config["attack"], **attack.config["attack_config"])
-    except (KeyError, UnknownNameError):  # made by hand, or the package that brought the attack is not installed
+        rule = method.rule(attack.original_labels, int(attack.config["data"]["num_classes"]))
+    except (KeyError, ValueError, UnknownNameError):  # made by hand, or the attack's package is not installed
         return False
-    return method.program(method.rule(attack.original_labels, int(attack.config["data"]["num_classes"]))) is not None
+    return method.program(rule) is not None
 
 
 def _facts(attack: AttackResult) -> DataFacts:

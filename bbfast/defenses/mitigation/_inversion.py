@@ -308,7 +308,7 @@ def _check_finite(losses: Tensor, targets: Tensor, epoch: int, settings: Inversi
     bad = ~losses.isfinite()
     if bad.any():
         raise BBFastError(
-            f"trigger inversion: the loss of class {int(targets[bad][0])} is not finite in pass {epoch} "
+            f"trigger inversion (nc): the loss of class {int(targets[bad][0])} is not finite in pass {epoch} "
             f"(mask_lr={settings.mask_lr}, amp={settings.precision!r}); try amp='off' or a lower mask_lr"
         )
 

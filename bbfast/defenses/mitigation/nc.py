@@ -20,7 +20,7 @@ from bbfast.defenses.mitigation._finetune import DIGITS_LR, REFERENCE, TINY, Fin
 from bbfast.defenses.mitigation._inversion import InversionSettings, Triggers, invert
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.view import DefenderView
-from bbfast.errors import ConfigError
+from bbfast.errors import ConfigError, DataRequirementError
 from bbfast.metrics import anomaly_index
 from bbfast.training.program import Batch, Program
 
@@ -141,6 +141,10 @@ class NC(Defense):
         ):
             raise ConfigError(
                 f"defense nc: classes must be different numbers in 0..{view.num_classes - 1}, got {chosen}"
+            )
+        if len(view.clean) < 2:
+            raise DataRequirementError(
+                f"nc inverts triggers on at least 2 clean images, the hold-out has {len(view.clean)}"
             )
 
     def run(self, view: DefenderView) -> DefenseResult:
