@@ -10,22 +10,16 @@ of the same recipe with one poisoned image: what a detector flags there, it flag
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
+from _runs import Setting, arguments, class_share, make_attack
 
-from bbfast import attacks, datasets, defenses
+from bbfast import defenses
 from bbfast.attacks import AttackResult
-from bbfast.cli.stages import attack_stage, defense_stage, recipe_for
-from bbfast.data import DataPair
+from bbfast.cli.stages import defense_stage
 from bbfast.errors import BBFastError
-from bbfast.store import Store
-from bbfast.training import Recipe
 
 ATTACKS = ("badnets", "blended", "sig", "wanet", "tact", "adaptive_blend")
 RATIOS = (0.01, 0.05, 0.10)
@@ -39,23 +33,12 @@ DETECTORS: dict[str, tuple[str, dict[str, Any]]] = {
 """Label to method and settings. Methods that go on to mitigate only detect."""
 
 
-def bound(label: str, data: DataPair) -> float:
-    """Largest share of the training set that the attack can poison."""
-    defaults = attacks.info(label)["defaults"]
-    if defaults["label_mode"] not in ("clean_label", "one2one"):
-        return 1.0
-    classes = [defaults["target"]] if defaults["label_mode"] == "clean_label" else defaults["source_classes"]
-    return float(torch.isin(data.train.labels, torch.tensor(classes)).double().mean())
-
-
-def detect(
-    label: str, result: AttackResult, store: Store, seed: int, cache: defenses.FeatureCache
-) -> dict[str, Any] | None:
+def detect(label: str, result: AttackResult, at: Setting, cache: defenses.FeatureCache) -> dict[str, Any] | None:
     """Metrics of one detector on one attack; None where it refuses."""
     name, settings = DETECTORS[label]
     method = defenses.create(name, **defenses.find(name).Config.detect_only, **settings)
     try:
-        found = defense_stage(store, method, result, seed=seed, cache=cache).result
+        found = defense_stage(at.store, method, result, seed=at.seed, cache=cache).result
     except BBFastError as error:
         print(f"  {label}: {error}", flush=True)
         return None
@@ -76,48 +59,34 @@ def cell(found: dict[str, Any] | None) -> str:
     return " / ".join("-" if value != value else f"{100 * value:.0f}" for value in shown)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="an .npz file or the name of a data set that needs no folder")
-    parser.add_argument("--normalize", default="auto")
-    parser.add_argument("--flip", action="store_true")
-    parser.add_argument("--model", default="small_cnn")
-    parser.add_argument("--attacks", nargs="+", default=ATTACKS)
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--attacks", nargs="+", default=ATTACKS, help="names, or name:variant as in attack_table.py")
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS), metavar="LABEL")
-    parser.add_argument("--preset", default="quick", choices=["quick", "paper"])
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/table"))
-    parser.add_argument("--json", type=Path, help="also write everything measured there")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args()
 
-    if Path(given.data).suffix == ".npz":
-        data = datasets.load("npz", given.data, normalize=given.normalize, flip=given.flip)
-    else:
-        data = datasets.load(given.data)
-    store = Store(given.out)
-    recipe = Recipe.preset(given.preset, dataset=data.name, model=given.model).replace(eval_every=0)
-    if given.epochs is not None:
-        recipe = recipe.replace(epochs=given.epochs)
-
+    at = Setting(given)
     rows: list[dict[str, Any]] = []
-    plan = [(name, {"ratio": ratio}) for name in given.attacks for ratio in given.ratios if ratio <= bound(name, data)]
+    plan: list[tuple[str, dict[str, Any]]] = [
+        (label, {"ratio": ratio})
+        for label in given.attacks
+        for ratio in given.ratios
+        if ratio <= (class_share(label, at.data) or 1.0)
+    ]
     for name, settings in [*plan, ("badnets", {"ratio": None, "count": 1})]:
-        method = attacks.create(name, **settings)
-        own = recipe_for(method, given.preset, data.name, given.model).replace(eval_every=0, epochs=recipe.epochs)
-        result = attack_stage(store, method, data, given.model, own, seed=given.seed).result
+        result = make_attack(name, at, **settings)
         cache = defenses.FeatureCache()
         for label in given.detectors:
             started = time.perf_counter()
-            found = detect(label, result, store, given.seed, cache)
+            found = detect(label, result, at, cache)
             known = {key: result.metrics[key] for key in ("c_acc", "asr")}
             rows.append({"attack": name, **settings, **known, "detector": label, "found": found})
             print(f"{name} {settings} {label}: {cell(found)} ({time.perf_counter() - started:.0f} s)", flush=True)
         if given.json is not None:
             given.json.write_text(json.dumps(rows, indent=1))
 
-    print(f"\n{data.name}, {given.model}, {given.preset}, {recipe.epochs} epochs, seed {given.seed}: TPR / FPR / AUROC")
+    print(f"\n{at}: TPR / FPR / AUROC")
     for name in [*given.attacks, None]:
         mine = [
             row for row in rows if (row["attack"] == name and "count" not in row) or (name is None and "count" in row)
