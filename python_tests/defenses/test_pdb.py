@@ -1,0 +1,121 @@
+"""PDB: the model stamps, undoes the label map, and is whole again after it was stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as V
+
+from bbfast import defenses
+from bbfast.attacks import AttackResult
+from bbfast.defenses import DefenseResult
+from bbfast.defenses.training import pdb
+from bbfast.defenses.training._predictor import StampedModel
+from bbfast.errors import ArtifactError, ConfigError
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+class Seeing(nn.Module):
+    """Its logits are what the corner holds, then four numbers of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :1, 0, 0], torch.arange(1.0, 4).expand(len(x), 3)], dim=1)
+
+
+def test_stamp_and_label_map() -> None:
+    x = torch.randn(5, 3, 8, 8).to(memory_format=torch.channels_last)
+    before = x.clone()
+    model = StampedModel(Seeing(), (7.0, 8.0, 9.0), (2, 3), shift=1)
+    stamped = model.stamp(x)
+    assert torch.equal(x, before) and stamped.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(stamped[:, :, :2, :3], torch.tensor([7.0, 8.0, 9.0]).view(3, 1, 1).expand(5, 3, 2, 3))
+    assert torch.equal(stamped[:, :, 2:], x[:, :, 2:]) and torch.equal(stamped[:, :, :, 3:], x[:, :, :, 3:])
+    # Class y is what the network calls y + 1: a bijection.
+    assert torch.equal(model(x)[0], torch.tensor([1.0, 2.0, 3.0, 7.0]))
+    assert torch.equal(StampedModel(Seeing(), (7.0,) * 3, (2, 3))(x)[0], torch.tensor([7.0, 1.0, 2.0, 3.0]))
+
+
+def test_jitter_turns_and_dims_as_torchvision_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    pixels = torch.rand(4, 3, 12, 20, generator=g)
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    # Rows: bright?, how bright, turned?, how far.
+    draws = torch.tensor([[0.9, 0.1, 0.9, 0.1], [0.0, 0.5, 0.0, 0.5], [0.9, 0.9, 0.1, 0.1], [0.0, 0.0, 1.0, 0.25]])
+    monkeypatch.setattr(pdb.torch, "rand", lambda *shape: draws)
+    out = pdb.jitter((pixels - mean) / std, MEAN, STD) * std + mean
+    torch.testing.assert_close(out[0], pixels[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(out[1], 0.75 * pixels[1], rtol=0, atol=1e-6)
+    for i, (angle, dim) in {2: (10.0, 1.0), 3: (-5.0, 0.75)}.items():
+        ours, theirs = out[i], dim * V.rotate(pixels[i], angle, interpolation=V.InterpolationMode.NEAREST)
+        # Nearest pixels may fall either way where a line runs between two.
+        assert float(((ours - theirs).abs() < 1e-5).float().mean()) > 0.98, i
+
+
+def test_jitter_as_often_as_said() -> None:
+    torch.manual_seed(0)
+    x = torch.ones(4000, 1, 6, 6)
+    out = pdb.jitter(x, (0.0,), (1.0,))
+    dimmed = out[:, 0, 3, 3] < 1
+    assert abs(float(dimmed.float().mean()) - 0.2) < 4 * math.sqrt(0.2 * 0.8 / 4000)
+    assert float(out[:, 0, 3, 3].min()) >= 0.5
+
+
+def test_training_set_and_storage(toy_attack: Callable[..., AttackResult], tmp_path: Path) -> None:
+    attack = toy_attack()
+    seen: list[Any] = []
+    plain = pdb._Stamping.make_batch
+
+    def watch(self: Any, batch: Any) -> Any:
+        made = plain(self, batch)
+        seen.append((batch, made))
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pdb._Stamping, "make_batch", watch)
+        method = defenses.create("pdb", epochs=2, batch_size=64, patch_size=3, copies=2)
+        result = defenses.defend(method, attack, 0.2, device="cpu", progress=False)
+    total, clean = len(attack.train), 40
+    assert result.info["stamped"] == 2 * clean
+    index = torch.cat([batch.index for batch, _ in seen])
+    assert len(index) == 2 * (total + 2 * clean) and int(index.max()) == total + 2 * clean - 1
+    corner = (torch.full((3,), 2.0) - torch.tensor(MEAN)) / torch.tensor(STD)
+    for batch, made in seen:
+        ours = batch.index >= total
+        assert torch.equal(made.x[~ours], batch.x[~ours]) and torch.equal(made.y, batch.y)
+        torch.testing.assert_close(made.x[ours][:, :, :3, :3], corner.view(3, 1, 1).expand(int(ours.sum()), 3, 3, 3))
+
+    result.save(tmp_path / "r")
+    again = DefenseResult.load(tmp_path / "r")
+    x = torch.randn(6, 3, 12, 12)
+    assert isinstance(again.model, StampedModel) and isinstance(result.model, StampedModel)
+    with torch.no_grad():
+        assert torch.equal(again.model(x), result.model(x))
+        # Without stamp and label map it is another model: the stored weights alone must not pass for the defense's.
+        assert not torch.equal(again.model.network(x), result.model(x))
+    wrapped = dict(again.config)
+    wrapped["defense"] = "ft"
+    again.config = wrapped
+    again.save(tmp_path / "s")
+    with pytest.raises(ArtifactError, match="'ft' makes no models of its own"):
+        DefenseResult.load(tmp_path / "s")
+
+
+def test_repairs_the_digits(digits_attack: AttackResult) -> None:
+    """A quarter of the epochs: the attacker's trigger is overridden, accuracy stays within 5 points."""
+    result = defenses.defend(defenses.create("pdb", epochs=25), digits_attack, 0.05, device="cpu", progress=False)
+    assert result.metrics["asr"] < 0.15, result.metrics
+    assert result.metrics["c_acc"] > result.metrics["c_acc_before"] - 0.05, result.metrics
+
+
+def test_bad_settings(toy_attack: Callable[..., AttackResult]) -> None:
+    with pytest.raises(ConfigError, match=r"patch_size must be at most 12, got 13"):
+        defenses.defend(defenses.create("pdb", patch_size=13), toy_attack(), 0.2, device="cpu")
+    with pytest.raises(ConfigError, match="multiple of the 4 classes"):
+        defenses.defend(defenses.create("pdb", shift=8), toy_attack(), 0.2, device="cpu")
