@@ -15,7 +15,7 @@ from bbfast.defenses.features import normalised
 from bbfast.errors import DataRequirementError, UnsupportedModelError
 from bbfast.training.prediction import evaluating
 
-__all__ = ["NormKind", "Norms", "channels_first", "input_statistics", "running_statistics", "spatial_maxima"]
+__all__ = ["NormKind", "Norms", "channels_first", "input_statistics", "running_statistics", "some", "spatial_maxima"]
 
 NormKind = Literal["batchnorm", "layernorm"]
 """``layernorm``: the weights of LayerNorm layers take the part of BatchNorm's. LayerNorm has no running statistics, and
@@ -189,6 +189,13 @@ def running_statistics(norms: Norms, method: str) -> tuple[Tensor, Tensor, Tenso
         rows.append(torch.stack([mean, var, torch.full_like(var, layer.eps)]))
     mean, var, eps = torch.cat(rows, dim=1)
     return mean, var, eps
+
+
+def some(images: ImageSet, count: int | None, generator: torch.Generator) -> ImageSet:
+    """``count`` of the images, drawn without replacement; all of them in their order if there are no more, or None."""
+    if count is None or count >= len(images):
+        return images
+    return images.subset(torch.randperm(len(images), generator=generator)[:count])
 
 
 def _pass(norms: Norms, images: ImageSet, batch_size: int, reduce: object) -> None:

@@ -52,7 +52,7 @@ class CLP(Defense):
 
     BatchNorms without a convolution of their width (behind a concatenation, say) are left alone and listed.
 
-    Source: Zheng, Tang, Li, Liu, ECCV 2022, arXiv 2208.03111, sections 4.2 and 4.3. Deviations: see the card.
+    Source: Zheng, Tang, Li, Liu, ECCV 2022, arXiv 2208.03111. Deviations: see the card.
     """
 
     card = DefenseCard(
