@@ -18,7 +18,10 @@ from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.view import DefenderView
 from bbfast.errors import ArtifactError, UnknownNameError
 
-__all__ = ["Defense", "DefenseConfig", "available", "create", "find", "info", "register_defense"]
+__all__ = ["Defense", "DefenseConfig", "Evaluator", "available", "create", "find", "info", "register_defense"]
+
+Evaluator = Callable[[nn.Module], dict[str, Any]]
+"""Measures a model on the test sets: ``c_acc``, ``asr``, ``r_acc``."""
 
 ALIASES = {
     "spectral": "ss",
@@ -101,6 +104,9 @@ class Defense(ABC):
     name: ClassVar[str] = ""
     card: ClassVar[DefenseCard]
     Config: ClassVar[type[DefenseConfig]] = DefenseConfig
+    evaluator: Evaluator | None = None
+    """Set by the runner when its caller says ``oracle=True``, else None: the ground truth, for choices that are made as
+    published tables made them. Every result so made carries ``selection["oracle"]``."""
 
     def __init__(self, config: DefenseConfig | None = None, **values: Any) -> None:
         if config is None:
