@@ -141,7 +141,7 @@ def test_it_sees_the_training_set_only(digits_attack: AttackResult) -> None:
     assert defenses.create("dde").name == "ep"
 
 
-@pytest.mark.parametrize("name", ["preactresnet18", "vgg19_bn", "convnext_tiny"])
+@pytest.mark.parametrize("name", ["preactresnet18", "convnext_tiny"])
 def test_models(toy_attack: MakeAttack, name: str) -> None:
     torch.manual_seed(0)
     attack = toy_attack(model=build(name, 4, 32), n=40, n_test=8, size=(3, 32, 32))
