@@ -17,7 +17,7 @@ from bbfast.attacks.result import AttackResult
 from bbfast.data.imageset import ImageSet
 from bbfast.data.loader import Batch, derive_seed
 from bbfast.data.normalize import normalize
-from bbfast.defenses.mitigation import _masks, anp
+from bbfast.defenses.mitigation import _keep, _masks, anp
 from bbfast.defenses.mitigation._masks import accuracies, grid, highest_acceptable, learn_masks, random_batches
 from bbfast.defenses.mitigation._norms import Norms
 from bbfast.defenses.mitigation.anp import ANPConfig, perturbation_loss
@@ -195,7 +195,7 @@ def test_a_killed_run_goes_on(
     toy_view: MakeView, toy_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(anp, "_BLOCK", 2)
-    monkeypatch.setattr(_masks, "_SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(_keep, "SAVE_EVERY_SECONDS", 0.0)
     images = toy_images(40, 4)
     defense = defenses.create("anp", iters=7, batch_size=8, selection="fixed")
     whole = defense.run(toy_view(net(), clean=images, progress=False))
@@ -278,3 +278,11 @@ def test_bad_input(toy_view: MakeView, toy_images: MakeImages) -> None:
     reference = ANPConfig(preset="reference")
     assert (reference.mask_lr, reference.batch_size, reference.project) == (0.01, 256, False)
     assert ANPConfig(preset="paper").selection == "fixed" and ANPConfig().mask_lr == 0.2
+
+
+@pytest.mark.slow
+def test_on_the_digits(digits_attack: AttackResult) -> None:
+    """BadNets is removed, the threshold chosen on 14 held-back images."""
+    result = defenses.defend("anp", digits_attack, device="cpu", progress=False)
+    assert result.metrics["asr"] <= 0.1 and result.selection["samples"] < 20
+    assert result.metrics["c_acc"] >= digits_attack.metrics["c_acc"] - 0.12

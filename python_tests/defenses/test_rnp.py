@@ -16,7 +16,7 @@ from bbfast import defenses
 from bbfast.attacks.result import AttackResult
 from bbfast.data.imageset import ImageSet
 from bbfast.data.loader import Batch, BatchLoader, derive_seed
-from bbfast.defenses.mitigation import _masks
+from bbfast.defenses.mitigation import _keep
 from bbfast.defenses.mitigation._norms import Norms
 from bbfast.defenses.mitigation.rnp import RNPConfig
 from bbfast.defenses.view import DefenderView
@@ -132,7 +132,7 @@ def test_selection_by_held_back_accuracy(toy_attack: MakeAttack) -> None:
 def test_a_killed_run_goes_on(
     toy_view: MakeView, toy_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_masks, "_SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(_keep, "SAVE_EVERY_SECONDS", 0.0)
     images = toy_images(40, 4)
     defense = defenses.create("rnp", **QUICK, clean_threshold=0.0)
 

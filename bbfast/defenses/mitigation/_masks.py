@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bbfast import artifact, ops
-from bbfast._hashing import content_hash, to_json
+from bbfast import ops
 from bbfast._progress import bar
 from bbfast.data.imageset import ImageSet
 from bbfast.data.loader import Batch, derive_seed
 from bbfast.defenses.features import normalised
+from bbfast.defenses.mitigation._keep import Keeper
 from bbfast.defenses.mitigation._norms import Norms
 from bbfast.defenses.view import DefenderView
-from bbfast.errors import ArtifactError, DivergedError
+from bbfast.errors import DivergedError
 from bbfast.training.device import placed
 from bbfast.training.prediction import evaluating
 from bbfast.training.runtime import deterministic, forked_rng, keep_freed_memory, seed_generators
@@ -37,9 +35,6 @@ __all__ = [
     "learn_masks",
     "random_batches",
 ]
-
-_log = logging.getLogger(__name__)
-_SAVE_EVERY_SECONDS = 60.0
 
 MaskLoss = Callable[[nn.Module, Tensor, Batch], Tensor]
 """``loss(net, mask, batch)``: a scalar to minimise, differentiable in ``mask`` float ``[T]``."""
@@ -99,15 +94,16 @@ def learn_masks(
     masks = torch.ones(len(norms), device=device)
     state = {"masks": masks, "velocity": torch.zeros_like(masks)}
     history: list[dict[str, Any]] = []
-    identity: dict[str, Any] = {}
-    if checkpoint is not None:
-        identity = {
-            "settings": to_json({**settings, "lr": lr, "momentum": momentum, "seed": seed, "blocks": blocks}),
-            "images": content_hash({"images": images.images, "labels": images.labels}),
-            "model": content_hash(dict(norms.model.state_dict())),
-        }
-        history = _resume(state, checkpoint, identity)
-    saved = time.monotonic()
+    kept = Keeper(
+        checkpoint,
+        norms.model,
+        images,
+        {**settings, "lr": lr, "momentum": momentum, "seed": seed, "blocks": blocks},
+    )
+    if (found := kept.find()) is not None:
+        history = found[1]
+        for name, value in found[0].items():
+            state[name].copy_(value)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     with (
         placed(net, device, layout),
@@ -124,9 +120,7 @@ def learn_masks(
             history.append(row)
             shown.advance()
             shown.show({"loss": row["loss"], "mean mask": row["mean_mask"]})
-            if checkpoint is not None and time.monotonic() - saved > _SAVE_EVERY_SECONDS:
-                _save(state, history, checkpoint, identity)
-                saved = time.monotonic()
+            kept.offer(state, history)
     return Learned(state["masks"], history)
 
 
@@ -255,25 +249,3 @@ def _accuracy(norms: Norms, weights: Tensor, images: ImageSet, batch_size: int =
         logits = norms.call(normalised(images.images, start, batch_size, images.mean, images.std), weights)
         hits += (logits.argmax(1) == images.labels[start : start + batch_size]).sum()
     return int(hits) / max(len(images), 1)
-
-
-def _save(state: dict[str, Tensor], history: list[dict[str, Any]], folder: Path, identity: dict[str, Any]) -> None:
-    extra = {"history": history}
-    artifact.write(folder, "masks_checkpoint", config=identity, tensors={"state": state}, extra=extra, overwrite=True)
-
-
-def _resume(state: dict[str, Tensor], folder: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
-    """Take up a checkpoint of the same run; one of another, or a damaged one, is left to be overwritten."""
-    if not artifact.exists(folder):
-        return []
-    try:
-        found = artifact.read(folder, "masks_checkpoint")
-    except ArtifactError as error:
-        _log.warning("starting the masks anew: %s", error)
-        return []
-    if found.config != identity:
-        _log.warning("starting the masks anew: the checkpoint in %s is of another run", folder)
-        return []
-    for name, value in found.tensors("state").items():
-        state[name].copy_(value)
-    return list(found.extra["history"])

@@ -76,9 +76,8 @@ class Norms:
 
     def biases(self) -> Tensor:
         """Copy of all biases, ``[T]``; 0 where a layer has none."""
-        return torch.cat(
-            [torch.zeros_like(_weight(x).detach()) if x.bias is None else x.bias.detach() for x in self.layers]
-        )
+        pairs = [(_weight(layer).detach(), _bias(layer)) for layer in self.layers]
+        return torch.cat([torch.zeros_like(weight) if bias is None else bias.detach() for weight, bias in pairs])
 
     def split(self, flat: Tensor) -> tuple[Tensor, ...]:
         """Views ``[..., C]`` of each layer's part of ``flat`` ``[..., T]``."""
@@ -96,7 +95,7 @@ class Norms:
         swapped = {f"{n}.weight": part for n, part in zip(self.names, self.split(weights), strict=True)}
         if biases is not None:
             parts = zip(self.names, self.layers, self.split(biases), strict=True)
-            swapped |= {f"{name}.bias": part for name, layer, part in parts if layer.bias is not None}
+            swapped |= {f"{name}.bias": part for name, layer, part in parts if _bias(layer) is not None}
         out: Tensor = functional_call(self.model if model is None else model, swapped, (x,))
         return out
 
@@ -105,8 +104,9 @@ class Norms:
         """Set the weights (and biases) of the channels in bool ``[T]`` to zero, in the model itself."""
         for layer, mask in zip(self.layers, self.split(pruned), strict=True):
             _weight(layer).masked_fill_(mask, 0)
-            if biases and layer.bias is not None:
-                layer.bias.masked_fill_(mask, 0)
+            bias = _bias(layer)
+            if biases and bias is not None:
+                bias.masked_fill_(mask, 0)
 
     def outliers(self, score: Tensor, u: float, side: Literal["high", "low"]) -> Tensor:
         """Channels more than ``u`` standard deviations (unbiased) above or below the mean of their layer: bool ``[T]``.
@@ -226,3 +226,9 @@ def _weight(layer: nn.Module) -> Tensor:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+def _bias(layer: nn.Module) -> Tensor | None:
+    bias = layer.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return bias

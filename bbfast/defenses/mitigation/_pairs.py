@@ -99,6 +99,6 @@ def _sources(node: Any, made: dict[Any, tuple[int, str]]) -> list[tuple[int, str
 
 def _fitting(model: nn.Module, pairs: dict[str, str]) -> dict[str, str]:
     def channels(name: str) -> int:
-        return model.get_submodule(name).weight.shape[0]  # type: ignore[union-attr, return-value]
+        return model.get_parameter(f"{name}.weight").shape[0]
 
     return {norm: conv for norm, conv in pairs.items() if channels(norm) == channels(conv)}

@@ -229,14 +229,14 @@ class ANP(Defense):
             for i, row in enumerate(rows)
             if before - row["c_acc"] < self.config.acc_ratio * before and math.isfinite(row["asr"])
         ]
-        threshold = thresholds[min(fine)[1]] if fine else None
-        return threshold, {
+        chosen = thresholds[min(fine)[1]] if fine else None
+        return chosen, {
             "criterion": "least ASR on the backdoor test set",
             "data": "test sets",
             "thresholds": thresholds,
             "c_acc": [row["c_acc"] for row in rows],
             "asr": [row["asr"] for row in rows],
-            "threshold": threshold,
+            "threshold": chosen,
         }
 
 

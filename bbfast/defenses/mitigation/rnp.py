@@ -153,7 +153,7 @@ class RNP(Defense):
         unlearned = copy.deepcopy(model)
         rows = self._unlearn(view, unlearned, fit)
         accuracy = rows[-1]["train_acc"] if rows else None
-        if rows and accuracy > config.clean_threshold:
+        if accuracy is not None and accuracy > config.clean_threshold:
             _log.warning(
                 "rnp: after %d epochs of ascent the training accuracy is %.2f, above clean_threshold=%.2f: the masks "
                 "may say little; raise unlearn_epochs or unlearn_lr, or lower batch_size",
