@@ -45,6 +45,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rounds": 100,
         "epsilon": 64,
     },
+    "narcissus:small surrogate, no warm-up": {
+        "surrogate": "small_cnn",
+        "surrogate_preset": "quick",
+        "warmup_epochs": 0,
+        "rounds": 300,
+    },
     "narcissus:small surrogate": {"surrogate": "small_cnn", "surrogate_preset": "quick"},
     "poison_ink:quick encoder": {"encoder_preset": "quick"},
     "refool:as the reference": {"compat": "reference"},
