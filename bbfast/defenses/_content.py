@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["content_keys", "mix64"]
+__all__ = ["content_keys", "content_order", "mix64"]
 
 _CHUNK_BYTES = 1 << 26
 
@@ -23,6 +23,17 @@ def content_keys(images: Tensor) -> Tensor:
     step = max(1, _CHUNK_BYTES // (8 * max(size, 1)))
     sums = [(part.long() * weights).sum(dim=1) for part in flat.split(step)]
     return mix64(torch.cat(sums)) if sums else torch.zeros(0, dtype=torch.int64, device=images.device)
+
+
+def content_order(images: Tensor, labels: Tensor) -> Tensor:
+    """An order of a training set that storage has no part in: by pixels, then by label; int64 ``[N]``.
+
+    Args:
+        images: uint8 ``[N, C, H, W]``.
+        labels: int64 ``[N]``.
+    """
+    order = labels.argsort(stable=True)
+    return order[content_keys(images)[order].argsort(stable=True)]
 
 
 def mix64(x: Tensor) -> Tensor:

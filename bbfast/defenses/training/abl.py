@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from torch import nn
 
 from bbfast.data.imageset import ImageSet
-from bbfast.defenses._content import content_keys
+from bbfast.defenses._content import content_order
 from bbfast.defenses.base import Defense, DefenseConfig, register_defense
 from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.result import DefenseResult
@@ -156,9 +156,7 @@ class ABL(Defense):
         cfg = self.config
         self.check(view)
         given = view.poisoned_train
-        keys = content_keys(given.images)
-        order = given.labels.argsort(stable=True)
-        order = order[keys[order].argsort(stable=True)]
+        order = content_order(given.images, given.labels)
         data = given.subset(order)
         phases = _Phases(view, cfg)
 
