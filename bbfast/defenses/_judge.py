@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from bbfast.attacks.result import AttackResult
     from bbfast.defenses.run import Population
 
-__all__ = ["judge"]
+__all__ = ["judge", "top_precision"]
 
+_TOP_PERCENT = (1, 5)
 _MODEL_METRICS = ("c_acc", "asr", "r_acc")
 
 
@@ -64,13 +65,32 @@ def _judge_samples(
         return {**whole, **{f"effective_{name}": value for name, value in part.items() if name != "population"}}
     truth = attack.poisoned.cpu() if attack.role is None else attack.role.cpu() == 1
     _check_length(n, truth, "training samples")
-    return _detection(scores, truth, flags, "train")
+    metrics = _detection(scores, truth, flags, "train")
+    if scores is not None:
+        metrics |= {f"precision_top_{percent:02d}": top_precision(scores, truth, percent) for percent in _TOP_PERCENT}
+    return metrics
 
 
 def _detection(scores: Tensor | None, truth: Tensor, flags: Tensor | None, population: str) -> dict[str, Any]:
     from bbfast.metrics import detection
 
     return {**detection(scores, truth, flags), "population": population, "samples": len(truth)}
+
+
+def top_precision(scores: Tensor, truth: Tensor, percent: int) -> float:
+    """Part of the ``percent`` % of samples with the highest scores that is poisoned: what isolating them would give.
+
+    Of samples that tie for the last places the mean over all choices is taken, so that their order plays no part. NaN
+    scores rank last. NaN if that part holds no sample.
+    """
+    count = percent * len(scores) // 100
+    if not count:
+        return float("nan")
+    values = scores.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    last = values.sort(descending=True).values[count - 1]
+    above, tied = values > last, values == last
+    share = (count - int(above.sum())) / int(tied.sum())
+    return (int(truth[above].sum()) + share * int(truth[tied].sum())) / count
 
 
 def _judge_verdict(result: DefenseResult, attack: AttackResult) -> dict[str, Any]:

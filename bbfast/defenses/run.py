@@ -89,7 +89,8 @@ def defend(
     Returns:
         The result with ``metrics``: of a model ``c_acc``, ``asr``, ``r_acc``, ``der``, ``rir`` and the undefended
         model's ``c_acc_before``, ``asr_before``, ``r_acc_before``; of flags ``tpr``, ``fpr``, ``precision``, ``f1``,
-        ``auroc`` and more; always ``seconds`` and ``peak_memory_bytes``.
+        ``auroc`` and more, of scores of the training set ``precision_top_01`` and ``_05``;
+        always ``seconds`` and ``peak_memory_bytes``.
 
     Raises:
         ValueError: if ``clean_fraction`` lies outside ``(0, 1]`` or ``seed`` is negative.

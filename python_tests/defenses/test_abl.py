@@ -267,6 +267,8 @@ def test_what_is_isolated_is_poison(digits_attack: AttackResult, loss: str) -> N
     scores, flags = rows(result)
     assert int(flags.sum()) == int(0.01 * len(digits_attack.train))
     assert result.metrics["precision"] >= 0.95
+    assert result.metrics["precision_top_01"] == result.metrics["precision"]
+    assert result.metrics["precision_top_05"] > 0.8
     assert result.metrics["auroc"] > 0.9
     assert metrics.detection(-scores, digits_attack.poisoned)["auroc"] < 0.1
     if loss == "flooding":

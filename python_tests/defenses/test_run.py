@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bbfast import DataPair, ImageSet, Recipe, attack, defenses
 from bbfast.attacks.result import AttackResult
 from bbfast.defenses import Defense, DefenseCard, DefenseConfig, DefenseResult
+from bbfast.defenses._judge import top_precision
 from bbfast.defenses._measure import peak_memory
 from bbfast.defenses.base import ALIASES
 from bbfast.defenses.view import DefenderView
@@ -137,6 +138,32 @@ def test_training_samples_are_judged(toy_attack: MakeAttack) -> None:
 
     with pytest.raises(ValueError, match=r"scored 199 samples.*200 training samples"):
         defenses.defend(defense_with(short, "poisoned_train"), attack, device="cpu")
+
+
+def test_precision_of_the_most_suspicious(toy_attack: MakeAttack) -> None:
+    """By the runner, which knows the truth, for whatever scores the training set: ABL's 1 % and 5 %."""
+    truth = torch.zeros(200, dtype=torch.bool)
+    truth[[3, 50, 51, 52]] = True
+    scores = torch.arange(200, 0, -1.0)
+    assert top_precision(scores, truth, 1) == 0.0
+    assert top_precision(scores, truth, 5) == 0.1
+    # Eight tie for five places, three of them poisoned: 5 / 8 of each counts.
+    tied = torch.full((200,), -5.0)
+    tied[[0, 1, 2, 4, 5]] = 9.0
+    tied[[3, 50, 51, 6, 7, 8, 9, 10]] = 2.0
+    assert top_precision(tied, truth, 5) == pytest.approx(3 * 5 / 8 / 10)
+    # What was not scored is not isolated.
+    tied[[50, 51]] = torch.nan
+    assert top_precision(tied, truth, 5) == pytest.approx(5 / 6 / 10)
+    assert math.isnan(top_precision(scores[:99], truth[:99], 1))
+
+    attack = toy_attack()
+
+    def run(view: DefenderView) -> DefenseResult:
+        return DefenseResult("detection", scores=attack.poisoned.float(), metrics={"precision_top_01": 0.0})
+
+    metrics = defenses.defend(defense_with(run, "poisoned_train", kind="detection"), attack, device="cpu").metrics
+    assert metrics["precision_top_01"] == metrics["precision_top_05"] == 1.0
 
 
 def test_cross_samples_are_no_poison(toy_attack: MakeAttack) -> None:
