@@ -22,7 +22,7 @@ from bbfast.defenses.mitigation import _inversion
 from bbfast.defenses.mitigation._inversion import InversionSettings, Triggers, auto_chunk, invert
 from bbfast.defenses.mitigation._schedule import CostSchedule
 from bbfast.defenses.mitigation._stamp import stamp
-from bbfast.defenses.mitigation.nc import NCConfig, find_targets, unlearning_set
+from bbfast.defenses.mitigation.nc import NCConfig, find_targets, model_statistic, unlearning_set
 from bbfast.defenses.view import DefenderView
 from bbfast.errors import BBFastError, ConfigError
 from bbfast.evaluation import evaluate
@@ -294,6 +294,22 @@ def test_verdict() -> None:
     assert find_targets(triggers([5.0, 5.0, 5.0]), 2.0, "average")[1] == []
 
 
+@pytest.mark.parametrize("median", ["average", "lower"])
+def test_the_models_statistic_decides_as_the_targets_do(median: Any) -> None:
+    """The largest index below the median; a large outlier, or a mask that turns nothing, does not count."""
+    sizes = [50.0, 52.0, 48.0, 3.0, 55.0, 47.0, 51.0, 1.0, 900.0, 49.0]
+    anomaly, targets = find_targets(triggers(sizes), 2.0, median)
+    assert targets[0] == 17
+    assert model_statistic(triggers(sizes), median) == pytest.approx(float(anomaly[7]))
+    assert float(anomaly[8]) > float(anomaly[7])
+    found = [size != 1.0 for size in sizes]
+    assert model_statistic(triggers(sizes, found), median) == pytest.approx(float(anomaly[3]))
+    quiet = [50.0, 51.0, 49.0, 50.5]
+    assert find_targets(triggers(quiet), 2.0, median)[1] == []
+    assert 0 < model_statistic(triggers(quiet), median) <= 2.0
+    assert model_statistic(triggers(quiet, [False] * 4), median) == 0.0
+
+
 def test_a_mask_that_turns_nothing_is_no_target() -> None:
     sizes = [50.0, 52.0, 48.0, 1.0, 55.0]
     found = [True, True, True, False, True]
@@ -371,7 +387,9 @@ def test_not_flagged_means_not_touched(toy_attack: MakeAttack) -> None:
         defenses.create("nc", inversion_epochs=2, anomaly_threshold=1e6), attack, 0.3, device="cpu", progress=False
     )
     assert result.verdict["backdoored"] is False and result.verdict["targets"] == []
-    assert set(result.verdict["anomaly"]) == set(result.trigger) == {0, 1, 2, 3}
+    assert set(result.verdict["anomaly"]) == set(result.trigger) == set(result.info["class_stat"]) == {0, 1, 2, 3}
+    assert result.info["class_stat"] == {k: pytest.approx(one["norm"]) for k, one in result.trigger.items()}
+    assert result.info["statistic"] <= result.info["threshold"] == 1e6
     assert result.model is not None and result.history == []
     state = attack.model.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in result.model.state_dict().items())

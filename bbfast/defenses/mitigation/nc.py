@@ -27,7 +27,7 @@ from bbfast.training.program import Batch, Program
 if TYPE_CHECKING:
     from bbfast.training import Recipe
 
-__all__ = ["NC", "NCConfig", "Stamping", "find_targets", "unlearning_set"]
+__all__ = ["NC", "NCConfig", "Stamping", "find_targets", "model_statistic", "unlearning_set"]
 
 
 class NCConfig(FinetuneConfig):
@@ -99,6 +99,9 @@ class NC(Defense):
        with an index above 2.
     3. If there are any, fine-tuning on the hold-out, a fifth of it stamped with the triggers under its true labels.
        Without a target the model comes back as it was.
+
+    As a detector of models: ``verdict`` is the decision, ``info["statistic"]`` the largest index of a class below the
+    median, ``info["class_stat"]`` each class's size.
 
     The verdict rests on targets being the exception: an all-to-all attack has no outlier and is not found, and with
     fewer than about ten classes the index says little.
@@ -192,6 +195,9 @@ class NC(Defense):
                 "passes": dict(zip(names, triggers.passes.tolist(), strict=True)),
                 "cost": dict(zip(names, triggers.cost.tolist(), strict=True)),
                 "found": dict(zip(names, triggers.found.tolist(), strict=True)),
+                "class_stat": dict(zip(names, triggers.norm.double().tolist(), strict=True)),
+                "statistic": model_statistic(triggers, config.median),
+                "threshold": config.anomaly_threshold,
             },
         )
 
@@ -236,6 +242,13 @@ def find_targets(triggers: Triggers, threshold: float, median: Literal["average"
     suspects = torch.nonzero((low > threshold) & triggers.found).flatten()
     ordered = suspects[torch.argsort(sizes[suspects], stable=True)]
     return anomaly, triggers.classes[ordered].tolist()
+
+
+def model_statistic(triggers: Triggers, median: Literal["average", "lower"]) -> float:
+    """How backdoored the model looks: the largest anomaly index of a class whose trigger works and is smaller than the
+    median, 0 if there is none. Above the threshold exactly when there is a target."""
+    low: Tensor = anomaly_index(triggers.norm.double(), median=median, side="low")
+    return float(low.where(triggers.found, 0.0).max())
 
 
 def unlearning_set(
