@@ -224,5 +224,5 @@ def test_a_killed_run_goes_on(toy_attack: MakeAttack, tmp_path: Path, monkeypatc
 
 def test_it_repairs_the_digits(digits_attack: AttackResult) -> None:
     result = defenses.defend("nad", digits_attack, device="cpu", progress=False)
-    assert result.metrics["c_acc"] >= digits_attack.metrics["c_acc"] - 0.08
+    assert result.metrics["c_acc"] >= digits_attack.metrics["c_acc"] - 0.1
     assert result.metrics["asr"] <= 0.15
