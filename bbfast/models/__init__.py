@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bbfast.models._registry import available, build, info, register
+from bbfast.models._registry import add, available, build, info, register
 from bbfast.models._roles import Roles, features, forward_features, roles
 from bbfast.models._spec import ModelSpec
 from bbfast.models._weights import WeightsError
@@ -12,6 +12,7 @@ __all__ = [
     "ModelSpec",
     "Roles",
     "WeightsError",
+    "add",
     "available",
     "build",
     "features",

@@ -11,13 +11,15 @@ from torch import nn
 from bbfast._registry import Registry
 from bbfast.models._spec import ModelSpec, parse_image_size
 
-__all__ = ["MODELS", "ROLES", "ModelEntry", "available", "build", "build_spec", "info", "register"]
+__all__ = ["ADDITIONS", "MODELS", "ROLES", "ModelEntry", "add", "available", "build", "build_spec", "info", "register"]
 
 ROLES = ("stage1", "stage2", "stage3", "stage4", "stage5", "last_conv", "norms", "classifier", "penultimate")
 """Every role a module can have. ``stage5`` is there only in models with five resolutions (VGG); ``penultimate`` is not
 given at registration: it is the input of the classifier."""
 
 Builder = Callable[[ModelSpec], nn.Module]
+ADDITIONS: Registry[Callable[..., None]] = Registry("model addition", packages=("bbfast.models.additions",))
+"""Name to ``add(model, **settings)``, which changes the model in place."""
 B = TypeVar("B", bound=Builder)
 
 
@@ -133,8 +135,30 @@ def build_spec(spec: ModelSpec, *, weights: bool = True) -> nn.Module:
     if spec.pretrained and not entry.weights:
         raise ValueError(f"pretrained must be False: there are no ImageNet weights for {spec.name}")
     model = entry.builder(dataclasses.replace(spec, pretrained=spec.pretrained and weights))
+    for name, settings in spec.additions:
+        ADDITIONS.get(name)(model, **dict(settings))
     model.bbfast_spec = spec  # type: ignore[assignment]
     return model
+
+
+def add(model: nn.Module, name: str, **settings: Any) -> None:
+    """Build an addition into ``model``, in place, and write it into its plan, so that it is saved and loaded with it.
+
+    An addition is what a defense's model needs when it is used, besides its weights: a further layer, a stamp.
+
+    Args:
+        model: Any model; one without a plan (not made by :func:`build`) keeps none.
+        name: A registered addition.
+        **settings: What its function takes; plain JSON values.
+
+    Raises:
+        UnknownNameError: if there is no such addition.
+    """
+    ADDITIONS.get(name)(model, **settings)
+    spec = getattr(model, "bbfast_spec", None)
+    if isinstance(spec, ModelSpec):
+        added = (*spec.additions, (ADDITIONS.canonical(name), tuple(sorted(settings.items()))))
+        model.bbfast_spec = dataclasses.replace(spec, additions=added)  # type: ignore[assignment]
 
 
 def info(name: str) -> dict[str, Any]:

@@ -21,6 +21,8 @@ class ModelSpec:
         image_size: ``(H, W)``.
         in_channels: Channels of the images.
         pretrained: Whether training started from ImageNet weights.
+        additions: What a defense has built into it afterwards, in order: name and settings (sorted pairs), see
+            :func:`bbfast.models.add`.
     """
 
     name: str
@@ -28,6 +30,7 @@ class ModelSpec:
     image_size: tuple[int, int]
     in_channels: int = 3
     pretrained: bool = False
+    additions: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
 
     def build(self, weights: bool = True) -> nn.Module:
         """A fresh model of this description, newly initialised from torch's global generator.
@@ -42,7 +45,12 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; :meth:`from_dict` is the inverse."""
-        return {**dataclasses.asdict(self), "image_size": list(self.image_size)}
+        values = {**dataclasses.asdict(self), "image_size": list(self.image_size)}
+        # Left out where there are none, so that descriptions written before there were any stay the same.
+        del values["additions"]
+        if self.additions:
+            values["additions"] = [[name, dict(settings)] for name, settings in self.additions]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
@@ -52,7 +60,8 @@ class ModelSpec:
             TypeError: if a key is missing or unknown.
         """
         height, width = values["image_size"]
-        return cls(**{**values, "image_size": (int(height), int(width))})
+        additions = tuple((name, tuple(sorted(settings.items()))) for name, settings in values.get("additions", ()))
+        return cls(**{**values, "image_size": (int(height), int(width)), "additions": additions})
 
 
 def parse_image_size(image_size: int | Sequence[int], in_channels: int | None = None) -> tuple[tuple[int, int], int]:
