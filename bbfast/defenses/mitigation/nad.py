@@ -53,8 +53,8 @@ class NADConfig(FinetuneConfig):
     dataset_defaults: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny_imagenet": {"batch_size": 128},
         # Ours. 72 images are five steps an epoch, half the paper's: twice the epochs. The paper's 0.1 is its models'
-        # training rate and the peak of the quick recipe's; a tenth in the second half. That is ten times BackdoorBench's
-        # rate, with a tenth of the weights: with the full ones the loss explodes.
+        # training rate and the peak of the quick recipe's; a tenth in the second half. That is ten times the rate of
+        # BackdoorBench, with a tenth of the weights: with the full ones the loss explodes.
         "digits": {
             "teacher_epochs": 20,
             "teacher_lr": 0.1,
