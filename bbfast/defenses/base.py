@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import field_validator, model_validator
@@ -16,7 +16,7 @@ from bbfast.defenses.card import KINDS, DefenseCard
 from bbfast.defenses.features import Reader
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.view import DefenderView
-from bbfast.errors import ArtifactError, UnknownNameError
+from bbfast.errors import UnknownNameError
 
 __all__ = ["Defense", "DefenseConfig", "Evaluator", "available", "create", "find", "info", "register_defense"]
 
@@ -146,19 +146,6 @@ class Defense(ABC):
     @abstractmethod
     def run(self, view: DefenderView) -> DefenseResult:
         """Defend with what ``view`` grants; deterministic in (view, config)."""
-
-    @classmethod
-    def wrap(cls, network: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
-        """The repaired model of a stored result, for methods whose model is more than the attacked architecture.
-
-        Such a model has a method ``wrapping()`` that gives the settings, fit for JSON, and the ``bbfast_spec`` of the
-        network within.
-
-        Args:
-            network: A network of that architecture; the stored weights are put into what this returns.
-            settings: What ``wrapping()`` gave.
-        """
-        raise ArtifactError(f"defense {cls.name!r} makes no models of its own, but its stored result has one")
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{key}={getattr(self.config, key)!r}" for key in sorted(self.config.model_fields_set))

@@ -15,7 +15,7 @@ from bbfast import ops
 from bbfast.defenses._content import content_keys
 from bbfast.training.prediction import evaluating
 
-__all__ = ["FeatureCache", "FeatureReader", "Reader", "read_set"]
+__all__ = ["FeatureCache", "FeatureReader", "Reader", "extract_features", "read_set"]
 
 
 PASS_BATCH = 256
@@ -126,6 +126,20 @@ def read_set(
             found, logits = forward_features(model, ops.gather_augment(images, index, mean=mean, std=std), roles)
             for reader in readers:
                 reader.batch(index, found, logits)
+
+
+def extract_features(
+    model: nn.Module,
+    images: Tensor,
+    role: str,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    device: torch.device | str,
+) -> Tensor:
+    """Features of a role, float32 ``[N, ...]`` on ``device`` in the set's order; arguments as of :func:`read_set`."""
+    reader = FeatureReader(role)
+    read_set(model, images, [reader], mean, std, device)
+    return reader.outcome()
 
 
 def normalised(

@@ -84,9 +84,6 @@ class DefenseResult:
 
             spec = getattr(self.model, "bbfast_spec", None)
             extra["model"] = None if spec is None else spec.to_dict()
-            wrapping = getattr(self.model, "wrapping", None)
-            if callable(wrapping):
-                extra["wrapping"] = wrapping()
             tensors["model"] = model_state(self.model)
         scores = {"scores": self.scores, "flags": self.flags, "threshold": self.threshold}
         rows = {name: _cpu(value) for name, value in scores.items() if isinstance(value, Tensor)}
@@ -164,10 +161,6 @@ def _load_model(stored: Any, extra: dict[str, Any], model: nn.Module | None) -> 
             )
         with torch.random.fork_rng(devices=[]):
             model = ModelSpec.from_dict(extra["model"]).build(weights=False)
-        if "wrapping" in extra:
-            from bbfast.defenses.base import find
-
-            model = find(stored.config["defense"]).wrap(model, extra["wrapping"])
     load_state(model, stored.tensors("model"))
     return model.eval()
 

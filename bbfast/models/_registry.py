@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from bbfast._registry import Registry
-from bbfast.models._spec import ModelSpec, parse_image_size
+from bbfast.models._spec import ModelSpec, as_pairs, parse_image_size
 
 __all__ = ["ADDITIONS", "MODELS", "ROLES", "ModelEntry", "add", "available", "build", "build_spec", "info", "register"]
 
@@ -157,7 +157,7 @@ def add(model: nn.Module, name: str, **settings: Any) -> None:
     ADDITIONS.get(name)(model, **settings)
     spec = getattr(model, "bbfast_spec", None)
     if isinstance(spec, ModelSpec):
-        added = (*spec.additions, (ADDITIONS.canonical(name), tuple(sorted(settings.items()))))
+        added = (*spec.additions, (ADDITIONS.canonical(name), as_pairs(settings)))
         model.bbfast_spec = dataclasses.replace(spec, additions=added)  # type: ignore[assignment]
 
 

@@ -60,8 +60,13 @@ class ModelSpec:
             TypeError: if a key is missing or unknown.
         """
         height, width = values["image_size"]
-        additions = tuple((name, tuple(sorted(settings.items()))) for name, settings in values.get("additions", ()))
+        additions = tuple((name, as_pairs(settings)) for name, settings in values.get("additions", ()))
         return cls(**{**values, "image_size": (int(height), int(width)), "additions": additions})
+
+
+def as_pairs(settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Settings of an addition as sorted pairs, lists as tuples: what can be hashed, and compared after JSON."""
+    return tuple(sorted((key, tuple(value) if isinstance(value, list) else value) for key, value in settings.items()))
 
 
 def parse_image_size(image_size: int | Sequence[int], in_channels: int | None = None) -> tuple[tuple[int, int], int]:

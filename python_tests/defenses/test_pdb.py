@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from bbfast import defenses
 from bbfast.attacks import AttackResult
 from bbfast.defenses import DefenseResult
 from bbfast.defenses.training import pdb
-from bbfast.defenses.training._predictor import StampedModel
-from bbfast.errors import ArtifactError, ConfigError
+from bbfast.errors import ConfigError
+from bbfast.models import add, build, model_state
+from bbfast.models.additions.stamp import stamped
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -32,14 +35,20 @@ class Seeing(nn.Module):
 def test_stamp_and_label_map() -> None:
     x = torch.randn(5, 3, 8, 8).to(memory_format=torch.channels_last)
     before = x.clone()
-    model = StampedModel(Seeing(), (7.0, 8.0, 9.0), (2, 3), shift=1)
-    stamped = model.stamp(x)
-    assert torch.equal(x, before) and stamped.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(stamped[:, :, :2, :3], torch.tensor([7.0, 8.0, 9.0]).view(3, 1, 1).expand(5, 3, 2, 3))
-    assert torch.equal(stamped[:, :, 2:], x[:, :, 2:]) and torch.equal(stamped[:, :, :, 3:], x[:, :, :, 3:])
-    # Class y is what the network calls y + 1: a bijection.
-    assert torch.equal(model(x)[0], torch.tensor([1.0, 2.0, 3.0, 7.0]))
-    assert torch.equal(StampedModel(Seeing(), (7.0,) * 3, (2, 3))(x)[0], torch.tensor([7.0, 1.0, 2.0, 3.0]))
+    value = torch.tensor([7.0, 8.0, 9.0]).view(3, 1, 1)
+    out = stamped(x, value, 2, 3)
+    assert torch.equal(x, before) and out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(out[:, :, :2, :3], value.expand(5, 3, 2, 3))
+    assert torch.equal(out[:, :, 2:], x[:, :, 2:]) and torch.equal(out[:, :, :, 3:], x[:, :, :, 3:])
+    for shift, expected in ((0, [7.0, 1.0, 2.0, 3.0]), (1, [1.0, 2.0, 3.0, 7.0]), (3, [3.0, 7.0, 1.0, 2.0])):
+        model = Seeing()
+        add(model, "stamp", value=(7.0, 8.0, 9.0), height=2, width=3, shift=shift)
+        assert isinstance(model, Seeing) and not model.state_dict()
+        # Class y is what the network calls y + shift: a bijection.
+        for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(twin(x)[0], torch.tensor(expected))
+    with pytest.raises(ValueError, match="has a stamp already"):
+        add(model, "stamp", value=(0.0,) * 3, height=1, width=1)
 
 
 def test_jitter_turns_and_dims_as_torchvision_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,17 +103,15 @@ def test_training_set_and_storage(toy_attack: Callable[..., AttackResult], tmp_p
     result.save(tmp_path / "r")
     again = DefenseResult.load(tmp_path / "r")
     x = torch.randn(6, 3, 12, 12)
-    assert isinstance(again.model, StampedModel) and isinstance(result.model, StampedModel)
+    assert again.model is not None and result.model is not None
+    bare = build("small_cnn", 4, (12, 12)).eval()
+    bare.load_state_dict(model_state(result.model))
     with torch.no_grad():
         assert torch.equal(again.model(x), result.model(x))
-        # Without stamp and label map it is another model: the stored weights alone must not pass for the defense's.
-        assert not torch.equal(again.model.network(x), result.model(x))
-    wrapped = dict(again.config)
-    wrapped["defense"] = "ft"
-    again.config = wrapped
-    again.save(tmp_path / "s")
-    with pytest.raises(ArtifactError, match="'ft' makes no models of its own"):
-        DefenseResult.load(tmp_path / "s")
+        # The stored weights alone must not pass for the defense's model.
+        assert not torch.equal(bare(x), result.model(x))
+        seen = stamped(x, corner.view(3, 1, 1), 3, 3)
+        torch.testing.assert_close(bare(seen).roll(-1, 1), result.model(x), rtol=0, atol=1e-6)
 
 
 def test_repairs_the_digits(digits_attack: AttackResult) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,10 +15,11 @@ from bbfast.data.normalize import normalize
 from bbfast.defenses.base import Defense, DefenseConfig, register_defense
 from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.result import DefenseResult
-from bbfast.defenses.training._predictor import StampedModel
 from bbfast.defenses.training._unlearn import sgd_recipe
 from bbfast.defenses.view import DefenderView
 from bbfast.errors import ConfigError
+from bbfast.models import add
+from bbfast.models.additions.stamp import stamped
 from bbfast.training import Program, train
 
 __all__ = ["PDB", "PDBConfig", "jitter"]
@@ -109,9 +109,9 @@ class PDB(Defense):
             mean=view.mean,
             std=view.std,
         )
-        value = normalize(torch.full((1, len(view.mean), 1, 1), config.value, device=view.device), view.mean, view.std)
-        network = view.fresh_model()
-        model = StampedModel(network, tuple(value.flatten().tolist()), (config.patch_size,) * 2, config.shift)
+        pixel = torch.full((1, len(view.mean), 1, 1), config.value, device=view.device)
+        value = normalize(pixel, view.mean, view.std)[0]
+        model, side = view.fresh_model(), config.patch_size
         recipe = sgd_recipe(view, config.batch_size, config.weight_decay).replace(
             epochs=config.epochs,
             lr=config.lr,
@@ -119,16 +119,17 @@ class PDB(Defense):
             **({"precision": "fp32"} if config.amp == "off" else {}),
         )
         done = train(
-            network,
+            model,
             data,
             recipe,
             seed=view.derive_seed("training"),
             device=view.device,
-            program=_Stamping(model.to(view.device), len(poisoned)),
+            program=_Stamping(value, side, len(poisoned)),
             checkpoint=None if view.checkpoint is None else view.checkpoint / "training",
             progress=view.progress,
             description="pdb training",
         )
+        add(model, "stamp", value=tuple(value.flatten().tolist()), height=side, width=side, shift=config.shift)
         return DefenseResult(
             kind=self.card.kinds[0],
             model=model.eval(),
@@ -141,27 +142,23 @@ class PDB(Defense):
             },
         )
 
-    @classmethod
-    def wrap(cls, network: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
-        return StampedModel(network, tuple(settings["value"]), tuple(settings["size"]), int(settings["shift"]))
-
 
 class _Stamping(Program):
     """Images from position ``first`` on are jittered and stamped, after the crops and flips that all get."""
 
-    def __init__(self, model: StampedModel, first: int) -> None:
-        self.model, self.first = model, first
+    def __init__(self, value: Tensor, side: int, first: int) -> None:
+        self.value, self.side, self.first = value, side, first
 
     def make_batch(self, batch: Batch) -> Batch:
         ours = batch.index >= self.first
         if not bool(ours.any()):
             return batch
         x = batch.x.clone()
-        x[ours] = self.model.stamp(jitter(batch.x[ours], self.train.mean, self.train.std))
+        x[ours] = stamped(jitter(batch.x[ours], self.train.mean, self.train.std), self.value, self.side, self.side)
         return batch.replace(x=x)
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), **self.model.wrapping(), "first": self.first}
+        return {**super().describe(), "value": self.value.tolist(), "side": self.side, "first": self.first}
 
 
 def jitter(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
