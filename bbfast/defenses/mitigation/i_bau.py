@@ -171,7 +171,7 @@ class ImplicitUnlearning(Program):
     def _implicit(self, model: nn.Module, outer: Tensor) -> list[Tensor | None]:
         """``d/d theta <grad_delta L_in, v>`` on the first stored batch, with v from the fixed point."""
         config, first = self._config, self._stored[0]
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with twice_differentiable(model):
             if config.hvp == "jvp":
 

@@ -36,8 +36,8 @@ class SAUConfig(DefenseConfig):
     Args:
         rounds: Passes over the hold-out (20 on Tiny ImageNet).
         adv_steps: Steps of the search for shared adversarial examples.
-        adv_lr: Their length, in 0..1 units of pixels.
-        bound: Bound of the perturbation in the norm ``norm_type``.
+        adv_lr: Their length, in 0..1 units of pixels (0.5 on the digits).
+        bound: Bound of the perturbation in the norm ``norm_type`` (0.5 on the digits).
         norm_type: Its norm; ``none`` does not bound it.
         init: Where it starts: ``max`` is ``+bound`` at every pixel, which counts as a step.
         beta_adv: Weight of fooling each model.
@@ -53,7 +53,12 @@ class SAUConfig(DefenseConfig):
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"bbfast": {}, "reference": {"batch_size": 256}, "paper": {}}
-    dataset_defaults: ClassVar[dict[str, dict[str, Any]]] = {"tiny_imagenet": {"rounds": 20}, "digits": {"lr": 1e-3}}
+    dataset_defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "tiny_imagenet": {"rounds": 20},
+        # Ours: strokes on a black ground have more contrast than photos; within 0.2 a quarter of the hold-out finds a
+        # shared example in the first round at this rate, within 0.5 four fifths do.
+        "digits": {"lr": 1e-3, "bound": 0.5, "adv_lr": 0.5},
+    }
 
     rounds: int = Field(100, ge=0)
     adv_steps: int = Field(5, ge=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal
 
 import torch
@@ -57,9 +56,12 @@ class _Polarized:
         return _blank, (type(self).__bases__[1],), self.__dict__
 
 
-@functools.cache
+_made: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _polarized(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Polarized{cls.__name__}", (_Polarized, cls), {})
+    """The one polarized class of ``cls``."""
+    return _made.setdefault(cls, type(f"Polarized{cls.__name__}", (_Polarized, cls), {}))
 
 
 def _blank(cls: type[nn.Module]) -> nn.Module:
