@@ -196,7 +196,7 @@ def test_batch_and_order() -> None:
         masks(Planted(), images, steps=30, batch_size=7),
         masks(Planted(), images[order], steps=30)[order.argsort()],
     ):
-        assert stats.spearmanr(found, whole).statistic > 0.999
+        assert stats.spearmanr(found, whole).statistic > 0.99
     assert masks(Planted(), images[:0]).shape == (0,)
 
 
