@@ -26,7 +26,7 @@ from bbfast.models import build
 MakeAttack = Callable[..., AttackResult]
 MakeView = Callable[..., DefenderView]
 MakeImages = Callable[..., ImageSet]
-QUICK: dict[str, Any] = {"outer": 3, "inner": 2, "batch_size": 16}
+QUICK: dict[str, Any] = {"outer_rounds": 3, "inner": 2, "batch_size": 16}
 
 
 def net() -> nn.Module:
@@ -57,7 +57,7 @@ def by_hand(model: nn.Module, images: ImageSet, seed: int, config: AWMConfig) ->
 
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (images.mean, images.std))
     steps = config.inner * -(-len(images) // config.batch_size)
-    for turn in range(config.outer):
+    for turn in range(config.outer_rounds):
         delta = torch.zeros(1, *images.image_size, requires_grad=True)
         sgd = torch.optim.SGD([delta], lr=config.pert_lr)
         for batch in random_batches(images, config.batch_size, steps, seed=seed, block=2 * turn, padding=2):
@@ -191,14 +191,14 @@ def test_what_is_masked() -> None:
 def test_models(toy_attack: MakeAttack, name: str) -> None:
     torch.manual_seed(0)
     attack = toy_attack(model=build(name, 4, 32), n=20, n_test=8, size=(3, 32, 32))
-    defense = defenses.create("awm", outer=1, inner=1, batch_size=4)
+    defense = defenses.create("awm", outer_rounds=1, inner=1, batch_size=4)
     result = defenses.defend(defense, attack, 0.2, device="cpu", progress=False)
     assert result.model is not None and result.model.state_dict().keys() == attack.model.state_dict().keys()
 
 
 def test_no_round_changes_nothing(toy_attack: MakeAttack) -> None:
     attack = toy_attack(model=net())
-    result = defenses.defend(defenses.create("awm", outer=0), attack, 0.3, device="cpu", progress=False)
+    result = defenses.defend(defenses.create("awm", outer_rounds=0), attack, 0.3, device="cpu", progress=False)
     state = attack.model.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in result.model.state_dict().items())  # type: ignore[union-attr]
     assert AWMConfig().for_dataset("digits").batch_size == 16 and AWMConfig().batch_size == 128

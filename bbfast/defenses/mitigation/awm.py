@@ -36,9 +36,9 @@ class AWMConfig(DefenseConfig):
     """Settings of AWM.
 
     Args:
-        outer: Rounds of perturbation and masks.
+        outer_rounds: Rounds of perturbation and masks.
         inner: Passes' worth of batches of each half of a round.
-        batch_size: Images a step, drawn with replacement (16 on the digits).
+        batch_size: Images a step, drawn with replacement; the size of a smaller hold-out (16 on the digits).
         mask_lr: Adam's learning rate for the masks.
         pert_lr: Learning rate of the perturbation.
         trigger_norm: Largest L1 norm of the perturbation, in units of the normalised images.
@@ -52,7 +52,7 @@ class AWMConfig(DefenseConfig):
         "digits": {"batch_size": 16},
     }
 
-    outer: int = Field(20, ge=0)
+    outer_rounds: int = Field(20, ge=0)
     inner: int = Field(5, ge=1)
     batch_size: int = Field(128, ge=1)
     mask_lr: float = Field(0.01, gt=0)
@@ -143,12 +143,13 @@ class AWM(Defense):
         if (found := kept.find()) is not None:
             search.load(found[0])
             history = found[1]
-        steps = config.inner * math.ceil(len(search.images) / config.batch_size)
+        size = min(config.batch_size, len(search.images))
+        steps = config.inner * math.ceil(len(search.images) / size)
 
         def batches(half: int) -> Iterator[Batch]:
             return random_batches(
                 search.images,
-                config.batch_size,
+                size,
                 steps,
                 seed=seed,
                 block=half,
@@ -157,8 +158,8 @@ class AWM(Defense):
                 channels_last=channels_last,
             )
 
-        with bar(f"{view.method}: masks", config.outer, view.progress, done=len(history)) as shown:
-            for turn in range(len(history), config.outer):
+        with bar(f"{view.method}: masks", config.outer_rounds, view.progress, done=len(history)) as shown:
+            for turn in range(len(history), config.outer_rounds):
                 perturbation = search.perturb(batches(2 * turn))
                 row = {"round": turn, **search.mask(batches(2 * turn + 1), perturbation)}
                 if not math.isfinite(row["loss"]):
