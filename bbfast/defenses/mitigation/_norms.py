@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -198,17 +199,18 @@ def some(images: ImageSet, count: int | None, generator: torch.Generator) -> Ima
     return images.subset(torch.randperm(len(images), generator=generator)[:count])
 
 
-def _pass(norms: Norms, images: ImageSet, batch_size: int, reduce: object) -> None:
+def _pass(norms: Norms, images: ImageSet, batch_size: int, reduce: Callable[[int, Tensor], None]) -> None:
+    """Give ``reduce`` the number of each norm layer and what it receives, batch by batch."""
     if not len(images):
         raise DataRequirementError("statistics of norm layers need at least one image, got none")
 
-    def hook_of(i: int) -> object:
+    def hook_of(i: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            reduce(i, channels_first(layer, inputs[0].detach()))  # type: ignore[operator]
+            reduce(i, channels_first(layer, inputs[0].detach()))
 
         return hook
 
-    hooks = [layer.register_forward_pre_hook(hook_of(i)) for i, layer in enumerate(norms.layers)]  # type: ignore[arg-type]
+    hooks = [layer.register_forward_pre_hook(hook_of(i)) for i, layer in enumerate(norms.layers)]
     try:
         with evaluating(norms.model):
             for start in range(0, len(images), batch_size):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bbfast.models._registry import ADDITIONS
+from bbfast.models.additions._mixin import Mixin, mix
 
 __all__ = ["Polarizer", "add_polarizer"]
 
@@ -43,30 +44,13 @@ class Polarizer(nn.Module):
         return tokens if self.bn is None else self.bn(tokens.flatten(0, 1)).view_as(tokens)
 
 
-class _Polarized:
+class _Polarized(Mixin):
     """Mixed into the class of a layer: its ``polarizer`` acts on what comes in."""
 
     polarizer: Polarizer
 
     def forward(self, x: Tensor) -> Any:
         return super().forward(self.polarizer(x))  # type: ignore[misc]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The class is made at run time, so copies and pickles name the layer's own class instead.
-        return _blank, (type(self).__bases__[1],), self.__dict__
-
-
-_made: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _polarized(cls: type[nn.Module]) -> type[nn.Module]:
-    """The one polarized class of ``cls``."""
-    return _made.setdefault(cls, type(f"Polarized{cls.__name__}", (_Polarized, cls), {}))
-
-
-def _blank(cls: type[nn.Module]) -> nn.Module:
-    made = _polarized(cls)
-    return made.__new__(made)
 
 
 @ADDITIONS.register("polarizer")
@@ -92,4 +76,4 @@ def add_polarizer(model: nn.Module, layer: str, channels: int, structure: Struct
     if at is not None:
         polarizer = polarizer.to(at.device, at.dtype)
     module.add_module("polarizer", polarizer.train(module.training))
-    module.__class__ = _polarized(type(module))
+    mix(module, _Polarized)
