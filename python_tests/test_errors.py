@@ -11,6 +11,9 @@ from bbfast.errors import BBFastError, UnknownNameError, UnsupportedModelError, 
 
 CLASSES = [getattr(errors, name) for name in errors.__all__ if name != "nearest"]
 
+OWN = (UnknownNameError, UnsupportedModelError, errors.DetectionError)
+"""Those that are made of more than a message."""
+
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_one_base_class(cls: type[Exception]) -> None:
@@ -46,7 +49,8 @@ def test_unsupported_model() -> None:
     [
         UnknownNameError("attack", "badnet5", ["badnets"]),
         UnsupportedModelError("bnp", "vit_b_16", "no BatchNorm2d", "use ft"),
-        *(cls("what happened") for cls in CLASSES if cls not in (UnknownNameError, UnsupportedModelError)),
+        errors.DetectionError({"ac": "a result"}, {}),
+        *(cls("what happened") for cls in CLASSES if cls not in OWN),
     ],
 )
 def test_survive_a_process_boundary(error: BBFastError) -> None:

@@ -155,7 +155,7 @@ def _settings_table(settings: list[dict[str, Any]], option: str) -> Table:
     )
     table.add_column("setting", style="cyan", no_wrap=True)
     table.add_column("type")
-    table.add_column("default", no_wrap=True)
+    table.add_column("default", overflow="fold", max_width=24)
     table.add_column("range")
     described = any(row["help"] for row in settings)
     if described:

@@ -38,6 +38,7 @@ class PDBConfig(DefenseConfig):
         copies: How often each stamped image is in the training set.
         shift: The defensive label of class y is ``(y + shift) mod K``.
         stratified: Draw the clean images by class instead of uniformly, as the authors do.
+        amp: Precision of the training: ``auto`` is the recipe's, ``off`` is float32.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"bbfast": {}, "paper": {}}
