@@ -281,6 +281,7 @@ def test_bad_input(toy_view: MakeView, toy_images: MakeImages) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_on_the_digits(digits_attack: AttackResult) -> None:
     """BadNets is removed, the threshold chosen on 14 held-back images."""
     result = defenses.defend("anp", digits_attack, device="cpu", progress=False)
