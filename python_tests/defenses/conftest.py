@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from bbfast.attacks.result import AttackResult
 from bbfast.data.imageset import BackdoorSet, ImageSet
+from bbfast.defenses import Defense, defend
 from bbfast.defenses.view import DataFacts, DefenderView, Grants, private_copy
 from bbfast.models import build
-from bbfast.training import Recipe
+from bbfast.training import Program, Recipe
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -186,3 +188,28 @@ def gauss() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 def feature_view() -> Callable[..., DefenderView]:
     """Makes views, see :func:`view_of_features`."""
     return view_of_features
+
+
+@pytest.fixture
+def killed_goes_on(tmp_path: Path) -> Callable[..., None]:
+    """Checks that a defense killed at the end of its second epoch, and called again, ends as if never killed."""
+
+    def check(defense: Defense, attack: AttackResult, program: type[Program]) -> None:
+        attack.config["recipe"]["deterministic"] = True
+        whole = defend(defense, attack, 0.2, device="cpu", progress=False)
+        plain = program.epoch_end
+
+        def killed(self: Program, epoch: int, model: nn.Module) -> dict[str, float]:
+            if epoch == 1:
+                raise KeyboardInterrupt
+            return plain(self, epoch, model)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(program, "epoch_end", killed)
+            defend(defense, attack, 0.2, device="cpu", progress=False, checkpoint=tmp_path / "work")
+        again = defend(defense, attack, 0.2, device="cpu", progress=False, checkpoint=tmp_path / "work")
+        assert whole.model is not None and again.model is not None
+        one, other = whole.model.state_dict(), again.model.state_dict()
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+    return check

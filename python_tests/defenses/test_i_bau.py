@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -225,25 +224,8 @@ def test_a_perturbation_that_explodes_is_named(
         defenses.create("i_bau", pert_lr=1e30, portion=0.2).run(view)
 
 
-def test_same_seed_same_bits_and_a_killed_run_goes_on(
-    toy_attack: MakeAttack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    attack = toy_attack()
-    attack.config["recipe"]["deterministic"] = True
-    defense = defenses.create("i_bau", rounds=3, portion=0.2)
-    whole = defenses.defend(defense, attack, 0.2, device="cpu", progress=False)
-    plain = ImplicitUnlearning.epoch_end
-
-    def killed(self: ImplicitUnlearning, epoch: int, model: nn.Module) -> dict[str, float]:
-        if epoch == 1:
-            raise KeyboardInterrupt
-        return plain(self, epoch, model)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ImplicitUnlearning, "epoch_end", killed)
-        defenses.defend(defense, attack, 0.2, device="cpu", progress=False, checkpoint=tmp_path / "work")
-    again = defenses.defend(defense, attack, 0.2, device="cpu", progress=False, checkpoint=tmp_path / "work")
-    assert same_state(whole.model, again.model)  # type: ignore[arg-type]
+def test_a_killed_run_goes_on(toy_attack: MakeAttack, killed_goes_on: Callable[..., None]) -> None:
+    killed_goes_on(defenses.create("i_bau", rounds=3, portion=0.2), toy_attack(), ImplicitUnlearning)
 
 
 @pytest.mark.parametrize(

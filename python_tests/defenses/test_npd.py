@@ -196,21 +196,5 @@ def test_settings_and_errors(toy_images: MakeImages, toy_view: MakeView, toy_att
         defenses.create("npd").check(toy_view(plain, clean=toy_images(40, 4)))
 
 
-def test_a_killed_run_goes_on(toy_attack: MakeAttack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    attack = toy_attack()
-    attack.config["recipe"]["deterministic"] = True
-    defense = defenses.create("npd", warmup_epochs=1, epochs=3)
-    whole = defenses.defend(defense, attack, 0.2, device="cpu", progress=False)
-    plain = Polarizing.epoch_end
-
-    def killed(self: Polarizing, epoch: int, model: nn.Module) -> dict[str, float]:
-        if epoch == 1:
-            raise KeyboardInterrupt
-        return plain(self, epoch, model)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Polarizing, "epoch_end", killed)
-        defenses.defend(defense, attack, 0.2, device="cpu", progress=False, checkpoint=tmp_path / "work")
-    again = defenses.defend(defense, attack, 0.2, device="cpu", progress=False, checkpoint=tmp_path / "work")
-    one, other = (r.model.state_dict() for r in (whole, again))  # type: ignore[union-attr]
-    assert all(torch.equal(one[name], other[name]) for name in one)
+def test_a_killed_run_goes_on(toy_attack: MakeAttack, killed_goes_on: Callable[..., None]) -> None:
+    killed_goes_on(defenses.create("npd", warmup_epochs=1, epochs=3), toy_attack(), Polarizing)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -201,20 +200,5 @@ def test_settings_and_errors(toy_images: MakeImages, toy_view: MakeView, toy_att
         defenses.create("sau", lr=1e30, rounds=3).run(view)
 
 
-def test_a_killed_run_goes_on(toy_attack: MakeAttack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    attack = toy_attack()
-    attack.config["recipe"]["deterministic"] = True
-    defense = defenses.create("sau", rounds=3, adv_steps=2)
-    whole = defenses.defend(defense, attack, 0.2, device="cpu", progress=False)
-    plain = SharedUnlearning.epoch_end
-
-    def killed(self: SharedUnlearning, epoch: int, model: nn.Module) -> dict[str, float]:
-        if epoch == 1:
-            raise KeyboardInterrupt
-        return plain(self, epoch, model)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(SharedUnlearning, "epoch_end", killed)
-        defenses.defend(defense, attack, 0.2, device="cpu", progress=False, checkpoint=tmp_path / "work")
-    again = defenses.defend(defense, attack, 0.2, device="cpu", progress=False, checkpoint=tmp_path / "work")
-    assert same_state(whole.model, again.model)  # type: ignore[arg-type]
+def test_a_killed_run_goes_on(toy_attack: MakeAttack, killed_goes_on: Callable[..., None]) -> None:
+    killed_goes_on(defenses.create("sau", rounds=3, adv_steps=2), toy_attack(), SharedUnlearning)
