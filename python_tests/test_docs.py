@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import bbfast
 
@@ -52,3 +53,21 @@ def test_the_page_of_attacks_has_them_all() -> None:
     assert sorted(rows) == sorted(
         (name, card["threat"], ", ".join(card["label_modes"])) for name, card in cards.items()
     )
+
+
+def test_the_page_of_defenses_says_who_takes_which_network() -> None:
+    text = (ROOT / "docs/defenses.md").read_text()
+    head, *rows = re.findall(r"^\| (?:name|`\w+`) \|.*\|$", text, re.MULTILINE)
+    models = [cell.strip() for cell in head.split("|")[5:-1]]
+    assert models == ["preactresnet18", "vgg19_bn", "convnext_tiny", "vit_b_16", "small_cnn"]
+    with torch.device("meta"):
+        built = [bbfast.models.build(model, 10, 32) for model in models]
+    cells = {row.split("`")[1]: [cell.strip() for cell in row.split("|")[3:-1]] for row in rows}
+    assert cells == {
+        name: [
+            ", ".join(card["kinds"]),
+            ", ".join(card["needs"]),
+            *("yes" if bbfast.defenses.refusal(name, model) is None else "no" for model in built),
+        ]
+        for name, card in ((name, bbfast.defenses.info(name)) for name in bbfast.defenses.available())
+    }

@@ -9,6 +9,7 @@ from bbfast.defenses.detect import detect_all
 from bbfast.defenses.features import FeatureCache, FeatureReader, Reader
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.run import defend
+from bbfast.defenses.support import refusal
 from bbfast.defenses.view import DefenderView
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "filter_and_retrain",
     "find",
     "info",
+    "refusal",
     "register_defense",
     "unlearn",
 ]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from bbfast.attacks.result import AttackResult
     from bbfast.training import Recipe
 
-__all__ = ["Population", "build_view", "check_seed", "defend", "resolve_attack", "run_and_judge"]
+__all__ = ["Population", "build_view", "check_model", "check_seed", "defend", "resolve_attack", "run_and_judge"]
 
 _log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def build_view(
     """The view of one run and what it is judged on. Raises as :func:`defend` does."""
     card, facts = defense.card, _facts(attack)
     fraction = _check_fraction(card.clean_fraction if clean_fraction is None else clean_fraction)
-    _check_model(defense, attack)
+    check_model(defense.name, card.needs, attack.model)
     held: dict[str, Any] = {}
     draws: dict[str, Hashable] = {}
     test, backdoor_test, whole = attack.test, attack.backdoor_test, True
@@ -194,14 +194,8 @@ def build_view(
         draws["stream"] = (seed, draws.get("reserve"))
     if "model" in card.needs:
         held["model"] = private_copy(attack.model, device)
-    spec = getattr(attack.model, "bbfast_spec", None)
     if "fresh_model" in card.needs:
-        held["model_spec"] = spec
-        if spec is None:
-            reason = "it must be trained anew, but carries no plan to build it"
-            raise UnsupportedModelError(
-                defense.name, _model_name(attack.model), reason, "build it with bbfast.models.build"
-            )
+        held["model_spec"] = getattr(attack.model, "bbfast_spec", None)
     if cache is not None and "model" in card.needs:
         held["features"] = cache.take(attack.model, draws)
     view = DefenderView(
@@ -307,16 +301,26 @@ def _config(defense: Defense, attack: AttackResult, view: DefenderView, clean_fr
     return config
 
 
-def _check_model(defense: Defense, attack: AttackResult) -> None:
-    needs, model = defense.card.needs, attack.model
-    if needs & {"model", "batch_norm", "fresh_model"} and not isinstance(model, nn.Module):
+def check_model(method: str, needs: frozenset[str], model: nn.Module | None) -> None:
+    """Refuse a model without what the card of ``method`` names.
+
+    Raises:
+        DataRequirementError: if there is none, but it is needed.
+        UnsupportedModelError: if it lacks BatchNorm layers or the plan to build it anew.
+    """
+    if not needs & {"model", "batch_norm", "fresh_model"}:
+        return
+    if not isinstance(model, nn.Module):
         raise DataRequirementError(
-            f"defense {defense.name!r} needs the attacked model, which the attack result does not hold"
+            f"defense {method!r} needs the attacked model, which the attack result does not hold"
         )
     if "batch_norm" in needs and not any(isinstance(m, nn.BatchNorm2d) and m.affine for m in model.modules()):
         reason = "it has no BatchNorm2d layer with weights"
         hint = "choose a model with BatchNorm, such as preactresnet18 or vgg19_bn"
-        raise UnsupportedModelError(defense.name, _model_name(model), reason, hint)
+        raise UnsupportedModelError(method, _model_name(model), reason, hint)
+    if "fresh_model" in needs and getattr(model, "bbfast_spec", None) is None:
+        reason = "it must be trained anew, but carries no plan to build it"
+        raise UnsupportedModelError(method, _model_name(model), reason, "build it with bbfast.models.build")
 
 
 def _training_set(defense: Defense, attack: AttackResult) -> ImageSet:

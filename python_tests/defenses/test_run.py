@@ -413,12 +413,12 @@ def test_every_repair_works_on_every_model_or_refuses(toy_attack: MakeAttack, na
         result = defenses.defend(
             defenses.create(name, **small_settings(name)), attack, 0.5, device="cpu", progress=False
         )
-    except UnsupportedModelError:
-        assert not forwards
+    except UnsupportedModelError as error:
+        assert not forwards and defenses.refusal(name, attack.model, 4) == str(error)
         return
     finally:
         hook.remove()
-    assert forwards
+    assert forwards and defenses.refusal(name, architecture) is None
     if result.model is not None and "model" in result.info["data_used"]:
         added = result.model.state_dict().keys() - attack.model.state_dict().keys()
         assert attack.model.state_dict().keys() <= result.model.state_dict().keys()
