@@ -178,6 +178,8 @@ def test_trigger_belongs_to_the_sample(name: str, size: int, ready: Ready) -> No
         order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
         for rows in (order, order[:1], order[:5]):
             assert agree(name, attack.trigger(images[rows], index[rows], stage), whole[rows])
+            cover = attack.cover(images, index, stage)
+            assert agree(name, attack.cover(images[rows], index[rows], stage), cover[rows])
         assert attack.trigger(images[:0], index[:0], stage).shape == (0, 3, size, size)
         wide = torch.zeros(12, 3, size, 2 * size, dtype=torch.uint8)
         wide[..., ::2] = images
@@ -258,6 +260,11 @@ def test_poisoned_set(name: str, mode: str, images: Images) -> None:
     assert torch.equal(out.images[untouched], data.images[untouched])
     changed = (out.images != data.images).flatten(1).any(1)
     assert name in UNTRAINED or float(changed[poison].double().mean()) > 0.5
+    # Any part can be made again from the sample numbers alone.
+    some = poison[2:5]
+    assert agree(name, attack.trigger(data.images[some], data.ids[some], "train"), out.images[some])
+    learner = out.as_imageset()
+    assert torch.equal(learner.labels, out.labels) and torch.equal(learner.ids, data.ids)
     assert torch.equal(data.images, plain.images)
 
 
@@ -280,6 +287,8 @@ def test_a_seed_gives_the_same_bits_and_another_seed_others(name: str, images: I
     ours, theirs = first.state(), again.state()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert not torch.equal(a.role, c.role)
+    # The same object, used for something else in between.
+    assert torch.equal(prepare(other, data, 1).poison(data, 1, 10).images, a.images)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not registry.get(name).selects_after_fit])
@@ -336,6 +345,8 @@ def test_ratios_that_give_no_sample(name: str, make_set: MakeSet) -> None:
     data = make_set(100)
     with pytest.raises(ValueError, match=f"{name}: ratio 0.001 of 100 samples poisons none; use at least 0.01"):
         make(name, ratio=0.001).poison(data, 0, 10)
+    with pytest.raises(ValueError, match=r"labels must lie in 0\.\.4, got 5"):
+        make(name, ratio=0.2).poison(data, 0, 5)
     for bad in (0, 1.5):
         with pytest.raises(ConfigError, match=f"{name}: ratio: .*got {bad}"):
             make(name, ratio=bad)
