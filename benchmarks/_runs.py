@@ -10,7 +10,7 @@ import torch
 
 from bbfast import attacks, datasets
 from bbfast.attacks import AttackResult
-from bbfast.cli.stages import attack_stage, recipe_for
+from bbfast.bench.stages import attack_stage, recipe_for
 from bbfast.data import DataPair
 from bbfast.store import Store
 from bbfast.training import Recipe

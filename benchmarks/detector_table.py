@@ -18,7 +18,7 @@ from _runs import Setting, arguments, class_share, make_attack
 
 from bbfast import defenses
 from bbfast.attacks import AttackResult
-from bbfast.cli.stages import defense_stage
+from bbfast.bench.stages import defense_stage
 from bbfast.errors import BBFastError
 
 ATTACKS = ("badnets", "blended", "sig", "wanet", "tact", "adaptive_blend")

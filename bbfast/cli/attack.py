@@ -70,7 +70,7 @@ def register(app: typer.Typer) -> None:
         command again finds it there, and one that was interrupted goes on where it stopped.
         """
         from bbfast import attacks, datasets, models
-        from bbfast.cli.stages import attack_stage, recipe_for
+        from bbfast.bench.stages import attack_stage, recipe_for
         from bbfast.cli.tables import show_results
         from bbfast.errors import ConfigError
         from bbfast.report.run_page import attack_row

@@ -40,7 +40,7 @@ def register(app: typer.Typer) -> None:
         """
         from bbfast import defenses
         from bbfast.attacks import AttackResult
-        from bbfast.cli.stages import defense_stage
+        from bbfast.bench.stages import defense_stage
         from bbfast.cli.tables import show_results
         from bbfast.report.run_page import Finished, attack_row, defense_row
         from bbfast.store import Store

@@ -20,7 +20,7 @@ from bbfast.cli._options import Device, Fresh, Json, Seed
 
 if TYPE_CHECKING:
     from bbfast.attacks import AttackResult
-    from bbfast.cli.stages import Made
+    from bbfast.bench.stages import Made
     from bbfast.report.run_page import Finished
     from bbfast.store import Store
 
@@ -96,7 +96,7 @@ def run_demo(out: Path, *, seed: int = 0, device: str = "auto", fresh: bool = Fa
         fresh: Run everything again.
     """
     from bbfast import attacks, datasets
-    from bbfast.cli.stages import attack_stage, recipe_for
+    from bbfast.bench.stages import attack_stage, recipe_for
     from bbfast.report.page import write
     from bbfast.report.run_page import run_page
     from bbfast.store import Store
@@ -147,7 +147,7 @@ def remarks(finished: Sequence[Finished]) -> list[str]:
 
 def _defend(store: Store, attack: AttackResult, seed: int, device: str, fresh: bool) -> list[Finished]:
     from bbfast import defenses
-    from bbfast.cli.stages import defense_stage
+    from bbfast.bench.stages import defense_stage
     from bbfast.report.run_page import Finished
 
     finished = []

@@ -87,7 +87,7 @@ def _attack(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def _defense(folder: Path, attack: Path | None, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
     from bbfast._hashing import sha256_json
     from bbfast.attacks import AttackResult
-    from bbfast.cli.stages import find_attack, identity
+    from bbfast.bench.stages import find_attack, identity
     from bbfast.defenses import DefenseResult
     from bbfast.errors import ArtifactError
     from bbfast.store import Store

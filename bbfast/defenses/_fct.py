@@ -103,7 +103,7 @@ def check_fct(view: DefenderView, config: FctConfig) -> None:
             f"{view.method} sets apart at least 1 sample, but {short} (alpha_clean, alpha_poison) of {n} training "
             "samples is none"
         )
-    roles(view.fresh_model()).names("penultimate")
+    roles(view.fresh_model(empty=True)).names("penultimate")
 
 
 def sensitivity(view: DefenderView, config: FctConfig) -> Sensitivity:

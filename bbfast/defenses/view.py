@@ -183,8 +183,11 @@ class DefenderView:
         """Which granted things have been read so far, sorted."""
         return tuple(sorted(self._used))
 
-    def fresh_model(self) -> nn.Module:
+    def fresh_model(self, *, empty: bool = False) -> nn.Module:
         """A newly initialised model of the same architecture on ``device``, seeded by the view's seed.
+
+        Args:
+            empty: Build its layers without memory for their weights (device ``meta``): for checks before any work.
 
         Raises:
             AccessDeniedError: if the card does not name ``fresh_model``.
@@ -199,6 +202,10 @@ class DefenderView:
         self._used.add("fresh_model")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.derive_seed("fresh_model"))
+            if empty:
+                with torch.device("meta"):
+                    layers: nn.Module = self._spec.build(weights=False)
+                return layers
             model: nn.Module = self._spec.build()
         return model.to(self.device)
 

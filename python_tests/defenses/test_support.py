@@ -30,6 +30,10 @@ def test_a_given_model_is_left_as_it_was() -> None:
     assert net.training and all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
+def test_what_the_data_lack_is_no_refusal_of_the_model() -> None:
+    assert defenses.refusal(defenses.create("abl", isolation_ratio=1e-6), "small_cnn") is None
+
+
 def test_unknown_names() -> None:
     with pytest.raises(UnknownNameError, match="unknown defense 'clip'"):
         defenses.refusal("clip", "small_cnn")

@@ -23,7 +23,17 @@ if TYPE_CHECKING:
     from bbfast.defenses import Defense, DefenseResult, FeatureCache
     from bbfast.training import Recipe
 
-__all__ = ["Made", "attack_stage", "defense_stage", "find_attack", "identity", "recipe_for", "victim"]
+__all__ = [
+    "Made",
+    "attack_place",
+    "attack_stage",
+    "defense_place",
+    "defense_stage",
+    "find_attack",
+    "identity",
+    "recipe_for",
+    "victim",
+]
 
 ATTACK, DEFENSE = "attack", "defense"
 Say = Callable[[str], None]
@@ -82,14 +92,7 @@ def attack_stage(
     from bbfast.attacks import AttackResult
     from bbfast.attacks import attack as run
 
-    config = {
-        "attack": attack.name,
-        "attack_config": attack.config.model_dump(mode="json"),
-        "attack_files": attack.files(),
-        "model": {"name": model, "pretrained": pretrained},
-        "recipe": recipe.model_dump(mode="json"),
-        "data": {key: getattr(data, key) for key in ("name", "fingerprint", "mean", "std", "flip", "padding")},
-    }
+    config = _attack_config(attack, data, model, recipe, pretrained)
 
     def make(work: Path) -> AttackResult:
         trained = victim(model, data, seed) if pretrained else model
@@ -122,18 +125,49 @@ def defense_stage(
     """
     from bbfast.defenses import DefenseResult, defend
 
-    settings = defense.for_dataset(str(attack.config["data"]["name"])).config
-    config = {
-        "attack": identity(attack.config),
-        "defense": defense.name,
-        "defense_config": settings.model_dump(mode="json"),
-        "clean_fraction": clean_fraction,
-    }
+    config = _defense_config(defense, attack.config, clean_fraction)
 
     def make(work: Path) -> DefenseResult:
         return defend(defense, attack, clean_fraction, seed, device, checkpoint=work, progress=progress, cache=cache)
 
     return _stage(store, DEFENSE, defense.name, config, seed, make, DefenseResult.load, fresh, say, about)
+
+
+def attack_place(
+    store: Store, attack: Attack, data: DataPair, model: str, recipe: Recipe, *, pretrained: bool = False, seed: int = 0
+) -> Path:
+    """Where :func:`attack_stage` keeps its result."""
+    key = store.key(ATTACK, _attack_config(attack, data, model, recipe, pretrained), seed=seed)
+    return store.path(ATTACK, attack.name, key)
+
+
+def defense_place(
+    store: Store, defense: Defense, attack_config: Mapping[str, Any], *, clean_fraction: float = 0.05, seed: int = 0
+) -> Path:
+    """Where :func:`defense_stage` keeps its result; ``attack_config`` is the attack result's."""
+    key = store.key(DEFENSE, _defense_config(defense, attack_config, clean_fraction), seed=seed)
+    return store.path(DEFENSE, defense.name, key)
+
+
+def _attack_config(attack: Attack, data: DataPair, model: str, recipe: Recipe, pretrained: bool) -> dict[str, Any]:
+    return {
+        "attack": attack.name,
+        "attack_config": attack.config.model_dump(mode="json"),
+        "attack_files": attack.files(),
+        "model": {"name": model, "pretrained": pretrained},
+        "recipe": recipe.model_dump(mode="json"),
+        "data": {key: getattr(data, key) for key in ("name", "fingerprint", "mean", "std", "flip", "padding")},
+    }
+
+
+def _defense_config(defense: Defense, attack_config: Mapping[str, Any], clean_fraction: float) -> dict[str, Any]:
+    settings = defense.for_dataset(str(attack_config["data"]["name"])).config
+    return {
+        "attack": identity(attack_config),
+        "defense": defense.name,
+        "defense_config": settings.model_dump(mode="json"),
+        "clean_fraction": clean_fraction,
+    }
 
 
 def identity(attack_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,37 @@
+"""The benchmark: a grid of attacks and defenses planned, run, killed, continued, and read as a table."""
+
+from __future__ import annotations
+
+from bbfast.bench.compare import compare, load_published
+from bbfast.bench.grid import Grid, load_grid
+from bbfast.bench.index import Index
+from bbfast.bench.outcomes import Outcome
+from bbfast.bench.plan import Cell, Plan, Task, make_plan
+from bbfast.bench.pool import LocalPool, Pool
+from bbfast.bench.presets import GRIDS
+from bbfast.bench.results import aggregate, grid_rows, pivot, to_csv, to_json
+from bbfast.bench.run import Summary, local_pool, run_plan
+
+__all__ = [
+    "GRIDS",
+    "Cell",
+    "Grid",
+    "Index",
+    "LocalPool",
+    "Outcome",
+    "Plan",
+    "Pool",
+    "Summary",
+    "Task",
+    "aggregate",
+    "compare",
+    "grid_rows",
+    "load_grid",
+    "load_published",
+    "local_pool",
+    "make_plan",
+    "pivot",
+    "run_plan",
+    "to_csv",
+    "to_json",
+]

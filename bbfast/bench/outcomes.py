@@ -1,0 +1,93 @@
+"""How each stage of a benchmark ended, kept in the store beside the results: one small file a stage."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import uuid
+from collections.abc import Iterable
+from typing import Literal
+
+from bbfast.errors import ArtifactError
+from bbfast.store import Store
+
+__all__ = ["Book", "Outcome", "Status"]
+
+Status = Literal["done", "failed", "not_applicable", "damaged"]
+_KEPT = ("done", "failed", "not_applicable")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a stage ended.
+
+    Args:
+        status: ``done``; ``failed``; ``not_applicable``: refused before any work, for a reason that stays; ``damaged``:
+            what it builds on cannot be read (never kept: the runner makes that anew).
+        folder: Name of the result's folder in the store, if done.
+        reason: One line, if not.
+        traceback: Where it failed.
+        seconds: Wall-clock time of the stage in its process.
+        peak_memory: Highest resident memory of its process, bytes; 0 if not known.
+        attempts: How often it was begun.
+    """
+
+    status: Status
+    folder: str = ""
+    reason: str = ""
+    traceback: str = ""
+    seconds: float = 0.0
+    peak_memory: int = 0
+    attempts: int = 1
+
+
+class Book:
+    """The outcomes in a store: ``<store>/.bench/<key>.json``.
+
+    They say which folder a stage's result is in, so that nothing need be loaded to know what is done; a lost or damaged
+    file only means that the stage is asked for again, and found in the store.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._folder = store.root / ".bench"
+
+    def read(self, key: str) -> Outcome | None:
+        """The outcome of a stage; None if there is none, it cannot be read, or its result is gone."""
+        try:
+            found = json.loads((self._folder / f"{key}.json").read_text(encoding="utf-8"))
+            outcome = Outcome(**found)
+        except (OSError, ValueError, TypeError):
+            return None
+        if outcome.status not in _KEPT:
+            return None
+        if outcome.status == "done" and not (self._store.root / outcome.folder / "manifest.json").is_file():
+            return None
+        return outcome
+
+    def read_all(self, keys: Iterable[str]) -> dict[str, Outcome]:
+        """The outcomes that there are."""
+        found = ((key, self.read(key)) for key in keys)
+        return {key: outcome for key, outcome in found if outcome is not None}
+
+    def write(self, key: str, outcome: Outcome) -> None:
+        """Keep an outcome; the file appears whole.
+
+        Raises:
+            ArtifactError: if the store cannot be written to.
+        """
+        temporary = self._folder / f".{key}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        text = json.dumps(dataclasses.asdict(outcome), sort_keys=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, self._folder / f"{key}.json")
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise ArtifactError(
+                f"cannot write to {self._folder}: {error.strerror}; free some space, or choose a store that may be "
+                "written to"
+            ) from error

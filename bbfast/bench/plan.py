@@ -1,0 +1,238 @@
+"""From a grid to the work that it takes: every cell, the stages behind them, and what is not applicable and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bbfast.bench.grid import NO_DEFENSE, DataEntry, Entry, Grid
+from bbfast.errors import DatasetError
+from bbfast.store import Store
+
+__all__ = ["Cell", "Plan", "Task", "make_plan"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One figure of the benchmark's table.
+
+    Args:
+        dataset, model, attack, ratio, seed, defense: Where it stands; labels of the grid.
+        task: Key of the stage that makes it; None if it cannot be made.
+        reason: Why it is not applicable; None if it is.
+    """
+
+    dataset: str
+    model: str
+    attack: str
+    ratio: float
+    seed: int
+    defense: str
+    task: str | None
+    reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One stage: an attack, or a defense of one.
+
+    Args:
+        key: 64 hexadecimal digits: hash of everything below.
+        kind: ``attack`` or ``defense``.
+        spec: What is to be done, plain JSON values.
+        parent: Key of the attack that a defense needs.
+    """
+
+    key: str
+    kind: str
+    spec: Mapping[str, Any]
+    parent: str | None = None
+
+    @property
+    def method(self) -> str:
+        """Name of the attack or defense."""
+        return str(self.spec[self.kind]["name"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All cells of a grid and the stages that make them; an attack comes before its defenses.
+
+    Args:
+        grid: The grid.
+        cells: In the grid's order.
+        tasks: Key to stage.
+    """
+
+    grid: Grid
+    cells: tuple[Cell, ...]
+    tasks: Mapping[str, Task]
+
+    def not_applicable(self) -> dict[str, int]:
+        """Reason to number of cells."""
+        return dict(Counter(cell.reason for cell in self.cells if cell.reason is not None))
+
+    def stages(self) -> dict[str, int]:
+        """Number of stages by kind, and of cells that they serve."""
+        kinds = Counter(task.kind for task in self.tasks.values())
+        served = [cell for cell in self.cells if cell.task is not None]
+        without_sharing = sum(1 if cell.defense == NO_DEFENSE else 2 for cell in served)
+        return {
+            "attack": kinds["attack"],
+            "defense": kinds["defense"],
+            "total": len(self.tasks),
+            # What it would be if every cell trained its own attacked model.
+            "saved_by_sharing": without_sharing - len(self.tasks),
+        }
+
+
+def make_plan(grid: Grid) -> Plan:
+    """Every cell of ``grid`` with the stage that makes it. Nothing is trained; no data is read but the embedded sets.
+
+    A cell is not applicable if the attack cannot poison that share of its classes, the model cannot be built for the
+    images, or the defense refuses the model (:func:`bbfast.defenses.refusal`). What only the data can tell is found
+    when the stage runs, and recorded the same way.
+    """
+    tasks: dict[str, Task] = {}
+    cells = tuple(_cells(grid, tasks))
+    return Plan(grid, cells, tasks)
+
+
+def _cells(grid: Grid, tasks: dict[str, Task]) -> Iterator[Cell]:
+    for data in grid.datasets:
+        facts = _Facts(data)
+        too_many = {(a.label, ratio): facts.too_many(a, ratio) for a in grid.attacks for ratio in grid.ratios}
+        for model in grid.models:
+            network = facts.network(model)
+            refused = {d.label: _refusal(d, network, facts) for d in grid.defenses}
+            for attack in grid.attacks:
+                for ratio in grid.ratios:
+                    reason = network if isinstance(network, str) else too_many[attack.label, ratio]
+                    for seed in grid.seeds:
+                        where = (data.label, model, attack.label, ratio, seed)
+                        first = None if reason else _attack_task(grid, data, model, attack, ratio, seed)
+                        if first is not None:
+                            tasks[first.key] = first
+                        for defense in grid.defenses:
+                            yield _cell(grid, where, first, reason, defense, refused[defense.label], tasks)
+
+
+def _cell(
+    grid: Grid,
+    where: tuple[str, str, str, float, int],
+    attack: Task | None,
+    reason: str | None,
+    defense: Entry,
+    refused: str | None,
+    tasks: dict[str, Task],
+) -> Cell:
+    if attack is None or refused is not None:
+        return Cell(*where, defense.label, None, reason or refused)
+    if defense.name == NO_DEFENSE:
+        return Cell(*where, NO_DEFENSE, attack.key)
+    task = _defense_task(grid, attack, defense)
+    tasks[task.key] = task
+    return Cell(*where, defense.label, task.key)
+
+
+def _attack_task(grid: Grid, data: DataEntry, model: str, attack: Entry, ratio: float, seed: int) -> Task:
+    spec = {
+        "data": {"name": data.name, "root": data.root, "options": data.options},
+        "model": model,
+        "attack": {"name": attack.name, "settings": {**attack.settings, "ratio": ratio}},
+        "preset": grid.preset,
+        "recipe": {**grid.recipe, **attack.recipe},
+        "seed": seed,
+        "device": grid.device,
+    }
+    # Where it is computed is not part of what it is.
+    named = {key: value for key, value in spec.items() if key != "device"}
+    return Task(Store.key("attack_task", named), "attack", spec)
+
+
+def _defense_task(grid: Grid, attack: Task, defense: Entry) -> Task:
+    spec = {
+        "defense": {"name": defense.name, "settings": defense.settings},
+        "clean_fraction": grid.clean_fraction,
+        "seed": attack.spec["seed"],
+    }
+    key = Store.key("defense_task", {"attack": attack.key, **spec})
+    return Task(key, "defense", {**attack.spec, **spec}, attack.key)
+
+
+class _Facts:
+    """What is known of a data set before it is read."""
+
+    def __init__(self, data: DataEntry) -> None:
+        from bbfast import datasets
+
+        self._data = data
+        self._info = datasets.info(data.name)
+
+    @functools.cached_property
+    def _sizes(self) -> tuple[int, tuple[int, int, int], list[int] | None] | None:
+        """Classes, image size, and images of each class; None if only the files say."""
+        from bbfast import datasets
+
+        if self._info.get("train") is None or self._data.name == "digits":
+            # Small, or described by nothing but its files.
+            try:
+                pair = datasets.load(self._data.name, self._data.root, **self._data.options)
+            except DatasetError:
+                return None  # the worker that runs it may have it
+            counts = torch.bincount(pair.train.labels, minlength=pair.num_classes).tolist()
+            return pair.num_classes, pair.train.image_size, counts
+        classes, total = int(self._info["num_classes"]), int(self._info["train"])
+        size = self._info["image_size"]
+        even = [total // classes] * classes if total % classes == 0 else None
+        return classes, (int(size[0]), int(size[1]), int(size[2])), even
+
+    def network(self, model: str) -> nn.Module | str | None:
+        """The model without memory for its weights, or why it cannot be built; None if the images are not known."""
+        from bbfast import models
+
+        if self._sizes is None:
+            return None
+        try:
+            with torch.device("meta"):
+                return models.build(model, self._sizes[0], self._sizes[1])
+        except ValueError as error:
+            return str(error)
+
+    @property
+    def classes(self) -> int:
+        return 10 if self._sizes is None else self._sizes[0]
+
+    @property
+    def image_size(self) -> tuple[int, int, int]:
+        return (3, 32, 32) if self._sizes is None else self._sizes[1]
+
+    def too_many(self, attack: Entry, ratio: float) -> str | None:
+        """Why an attack cannot poison that share; None if it can, or if only the data tell."""
+        from bbfast import attacks
+
+        counts = None if self._sizes is None else self._sizes[2]
+        if counts is None:
+            return None
+        method = attacks.create(attack.name, **{**attack.settings, "ratio": ratio})
+        labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        try:
+            method.select(labels, method.rule(labels, len(counts)), 0)
+        except ValueError as error:
+            return str(error)
+        return None
+
+
+def _refusal(defense: Entry, network: nn.Module | str | None, facts: _Facts) -> str | None:
+    from bbfast import defenses
+
+    if defense.name == NO_DEFENSE or not isinstance(network, nn.Module):
+        return None
+    method = defenses.create(defense.name, **defense.settings)
+    return defenses.refusal(method, network, facts.classes, facts.image_size)

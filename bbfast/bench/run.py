@@ -1,0 +1,216 @@
+"""Run a grid: what is not done yet, in an order in which every defense finds its attack, whatever goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bbfast._progress import bar
+from bbfast.bench.outcomes import Book, Outcome
+from bbfast.bench.plan import Plan, Task
+from bbfast.bench.pool import Ended, LocalPool, Pool
+from bbfast.store import Store
+
+__all__ = ["Summary", "local_pool", "run_plan"]
+
+_ATTEMPTS = 3
+"""How often a stage whose worker died is begun: a machine that kills for memory is not helped by more."""
+_TICK = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """How a run ended.
+
+    Args:
+        done, failed, not_applicable: Stages.
+        begun: Stages that this run did, or tried; the others were there.
+        blocked: Defenses whose attack failed.
+        seconds: Of this run.
+    """
+
+    done: int
+    failed: int
+    not_applicable: int
+    begun: int
+    blocked: int
+    seconds: float
+
+
+def local_pool(root: str | Path, plan: Plan, workers: int | None = None) -> LocalPool:
+    """Workers of this machine: one a GPU, or one a core with one thread each where there is none.
+
+    Args:
+        root: The store.
+        plan: What will be run; its grid has the device and the limits.
+        workers: Number of processes instead.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if plan.grid.device == "auto" else 0
+    devices = [f"cuda:{i}" for i in range(gpus)] or None
+    return LocalPool(
+        root,
+        workers or gpus or len(os.sched_getaffinity(0)),
+        plan.grid.limits,
+        devices=devices,
+    )
+
+
+def run_plan(
+    plan: Plan,
+    store: Store,
+    pool: Pool,
+    *,
+    retry_failed: bool = False,
+    progress: bool | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Summary:
+    """Do every stage of ``plan`` that is not done.
+
+    A failed stage is recorded with its traceback and does not stop the others. One whose worker died is begun again, up
+    to three times. A damaged attack result is put aside and made anew. Killed at any moment, the same call goes on:
+    what is in the store is not done again.
+
+    Args:
+        plan: What to do.
+        store: Where results lie.
+        pool: Where to do it; closed at the end.
+        retry_failed: Begin stages again that failed in an earlier run.
+        progress: Show a bar; None decides by the terminal.
+        say: Called with a line for each stage that is over, where no bar is shown.
+
+    Raises:
+        ArtifactError: if the store cannot be written to.
+        KeyboardInterrupt: when interrupted; the workers are ended, their checkpoints stay.
+    """
+    book, clock = Book(store), time.monotonic()
+    desk = _Desk(plan, book.read_all(plan.tasks), retry_failed)
+    try:
+        with bar(plan.grid.name, len(plan.tasks), progress, done=desk.over) as shown:
+            while True:
+                while pool.free and (task := desk.next()) is not None:
+                    pool.submit(task.key, desk.order(task))
+                if not desk.running:
+                    break
+                for ended in pool.wait(_TICK):
+                    before = desk.over
+                    for key, outcome in desk.take(ended).items():
+                        book.write(key, outcome)
+                        say(_line(plan.tasks[key], outcome, desk))
+                    shown.advance(desk.over - before)
+                shown.show({"running": len(desk.running), "failed": desk.count("failed")})
+    finally:
+        pool.close()
+    return desk.summary(time.monotonic() - clock)
+
+
+class _Desk:
+    """Which stages are over, which may begin, and in what order: defenses of a finished attack before new attacks."""
+
+    def __init__(self, plan: Plan, known: Mapping[str, Outcome], retry_failed: bool) -> None:
+        self._plan = plan
+        self._outcomes = {k: o for k, o in known.items() if not (retry_failed and o.status == "failed")}
+        self._attempts: Counter[str] = Counter()
+        self._children: defaultdict[str, list[str]] = defaultdict(list)
+        self._order = {key: i for i, key in enumerate(plan.tasks)}
+        self._ready: list[tuple[int, int, str]] = []
+        self._offered: set[str] = set()
+        self._suspect: set[str] = set()
+        self.running: set[str] = set()
+        self._begun = 0
+        for key, task in plan.tasks.items():
+            if task.parent is not None:
+                self._children[task.parent].append(key)
+        for key, task in plan.tasks.items():
+            if key not in self._outcomes and (task.parent is None or self._status(task.parent) == "done"):
+                self._offer(key)
+
+    @property
+    def over(self) -> int:
+        return len(self._outcomes)
+
+    def count(self, status: str) -> int:
+        return sum(outcome.status == status for outcome in self._outcomes.values())
+
+    def next(self) -> Task | None:
+        """A stage that may begin, now counted as running."""
+        while self._ready:
+            key = heapq.heappop(self._ready)[-1]
+            self._offered.discard(key)
+            parent = self._plan.tasks[key].parent
+            if parent is not None and self._status(parent) != "done":
+                continue  # its attack is being made anew, and offers it again
+            self.running.add(key)
+            self._attempts[key] += 1
+            self._begun += self._attempts[key] == 1
+            return self._plan.tasks[key]
+        return None
+
+    def order(self, task: Task) -> dict[str, Any]:
+        """What the worker is given."""
+        parent = None if task.parent is None else self._outcomes[task.parent].folder
+        return {"kind": task.kind, "spec": task.spec, "parent": parent, "verify": task.key in self._suspect}
+
+    def take(self, ended: Ended) -> dict[str, Outcome]:
+        """Note that a stage is over; the outcomes to be kept: none if it will be begun again, those of its defenses as
+        well if it is an attack that cannot be made."""
+        key, outcome = ended.key, ended.outcome
+        self.running.discard(key)
+        parent = self._plan.tasks[key].parent
+        again = self._attempts[key] < _ATTEMPTS
+        if outcome.status == "damaged" and parent is not None and again:
+            self._suspect.add(parent)
+            if self._outcomes.pop(parent, None) is not None:
+                self._offer(parent)
+            return {}
+        if ended.lost and again:
+            self._offer(key)
+            return {}
+        if outcome.status == "damaged":
+            outcome = dataclasses.replace(outcome, status="failed")
+        self._suspect.discard(key)
+        over = {key: dataclasses.replace(outcome, attempts=self._attempts[key])}
+        if outcome.status == "not_applicable":
+            over |= {child: dataclasses.replace(outcome, seconds=0.0, attempts=0) for child in self._children[key]}
+        self._outcomes |= over
+        if outcome.status == "done":
+            for child in self._children[key]:
+                if child not in self._outcomes and child not in self.running:
+                    self._offer(child)
+        return over
+
+    def summary(self, seconds: float) -> Summary:
+        return Summary(
+            done=self.count("done"),
+            failed=self.count("failed"),
+            not_applicable=self.count("not_applicable"),
+            begun=self._begun,
+            blocked=len(self._plan.tasks) - self.over,
+            seconds=seconds,
+        )
+
+    def _status(self, key: str) -> str | None:
+        outcome = self._outcomes.get(key)
+        return None if outcome is None else outcome.status
+
+    def _offer(self, key: str) -> None:
+        if key not in self._offered:
+            self._offered.add(key)
+            last = self._plan.tasks[key].kind == "attack"
+            heapq.heappush(self._ready, (int(last), self._order[key], key))
+
+
+def _line(task: Task, outcome: Outcome, desk: _Desk) -> str:
+    spec = task.spec
+    what = f"{spec['data']['name']} {spec['model']} {spec['attack']['name']} {spec['attack']['settings']['ratio']:g}"
+    if task.kind == "defense":
+        what += f" {spec['defense']['name']}"
+    said = outcome.status.replace("_", " ") + (f": {outcome.reason}" if outcome.reason else "")
+    return f"[{desk.over}] {what}, seed {spec['seed']}: {said} ({outcome.seconds:.1f} s)"

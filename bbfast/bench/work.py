@@ -1,0 +1,115 @@
+"""One stage of a benchmark, done in a worker: what it is given is plain JSON, and so is what it gives back."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bbfast import artifact
+from bbfast._hashing import canonical_json
+from bbfast.bench.outcomes import Outcome
+from bbfast.bench.stages import attack_place, attack_stage, defense_place, defense_stage, recipe_for
+from bbfast.errors import ArtifactError, CorruptArtifactError, DataRequirementError, UnsupportedModelError
+from bbfast.store import Store
+
+if TYPE_CHECKING:
+    from bbfast.attacks import AttackResult
+    from bbfast.data import DataPair
+    from bbfast.defenses import FeatureCache
+
+__all__ = ["Memory", "perform"]
+
+
+class Memory:
+    """What a worker keeps from one stage to the next: the last data set, the last attack and features of its sets."""
+
+    def __init__(self) -> None:
+        self._data: tuple[str, DataPair] | None = None
+        self._attack: tuple[str, AttackResult, FeatureCache] | None = None
+
+    def data(self, spec: Mapping[str, Any]) -> DataPair:
+        from bbfast import datasets
+
+        name = canonical_json(spec)
+        if self._data is None or self._data[0] != name:
+            self._data = None  # before the next is read: there may not be room for two
+            self._data = (name, datasets.load(spec["name"], spec["root"], **spec["options"]))
+        return self._data[1]
+
+    def attack(self, folder: Path) -> tuple[AttackResult, FeatureCache]:
+        from bbfast.attacks import AttackResult
+        from bbfast.defenses import FeatureCache
+
+        if self._attack is None or self._attack[0] != str(folder):
+            self._attack = None
+            self._attack = (str(folder), AttackResult.load(folder), FeatureCache())
+        return self._attack[1:]
+
+
+def perform(task: Mapping[str, Any], root: str, memory: Memory) -> Outcome:
+    """Do a stage, or find it done.
+
+    Args:
+        task: ``kind`` and ``spec`` of a :class:`bbfast.bench.plan.Task`; for a defense ``parent``, the folder's name of
+            the attack's result; ``verify`` reads a result that is there instead of trusting it.
+        root: The store.
+        memory: Of this worker.
+
+    Returns:
+        The outcome; whatever goes wrong is in it, with its traceback. Only what ends the process is not.
+    """
+    try:
+        step = _attack if task["kind"] == "attack" else _defense
+        return step(task, Store(root), memory)
+    except CorruptArtifactError as error:
+        return Outcome("damaged", reason=str(error))
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return Outcome("failed", reason=reason, traceback=traceback.format_exc())
+
+
+def _attack(task: Mapping[str, Any], store: Store, memory: Memory) -> Outcome:
+    from bbfast import attacks
+
+    spec = task["spec"]
+    data = memory.data(spec["data"])
+    method = attacks.create(spec["attack"]["name"], **spec["attack"]["settings"])
+    recipe = recipe_for(method, spec["preset"], data.name, spec["model"]).replace(**spec["recipe"])
+    try:
+        # The refusals that a run begins with: they belong to the cell, not to this machine.
+        method.check(data.train, data.num_classes, spec["seed"], recipe.batch_size)
+    except ValueError as error:
+        return Outcome("not_applicable", reason=str(error))
+    folder = attack_place(store, method, data, spec["model"], recipe, seed=spec["seed"])
+    if task.get("verify") or not artifact.exists(folder):
+        attack_stage(
+            store, method, data, spec["model"], recipe, seed=spec["seed"], device=spec["device"], progress=False
+        )
+    return Outcome("done", folder=folder.name)
+
+
+def _defense(task: Mapping[str, Any], store: Store, memory: Memory) -> Outcome:
+    from bbfast import defenses
+
+    spec = task["spec"]
+    method = defenses.create(spec["defense"]["name"], **spec["defense"]["settings"])
+    source = store.root / task["parent"]
+    own = {"clean_fraction": spec["clean_fraction"], "seed": spec["seed"]}
+    folder = defense_place(store, method, _config(source), **own)
+    if not artifact.exists(folder):
+        attacked, cache = memory.attack(source)
+        try:
+            defense_stage(store, method, attacked, **own, device=spec["device"], progress=False, cache=cache)
+        except (DataRequirementError, UnsupportedModelError) as error:
+            return Outcome("not_applicable", reason=str(error))
+    return Outcome("done", folder=folder.name)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The settings of a stored result, without its tensors."""
+    config = artifact.read(folder, "attack", verify="lazy").config
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{folder} has no settings")
+    return config

@@ -1,0 +1,260 @@
+"""``bbfast bench``: a grid planned, run, looked at, and compared with a published table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from bbfast.cli._frame import command, emit_json, note, screen, usage
+from bbfast.cli._options import Json, parse_settings
+
+if TYPE_CHECKING:
+    from bbfast.bench import Plan
+
+__all__ = ["register"]
+
+Source = Annotated[str, typer.Argument(metavar="GRID", help="A YAML file, or paper, paper-full, digits-full, smoke.")]
+StorePath = Annotated[Path, typer.Option("--store", help="Folder of results.")]
+Set = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="A key of the grid, instead of the file's: seeds=[0,1].")
+]
+_METRIC = typer.Option(help="c_acc, asr, r_acc, der, rir, tpr, fpr or auroc.")
+_RUNS = Path("runs")
+
+
+def register(app: typer.Typer) -> None:
+    bench = typer.Typer(no_args_is_help=True, help="Plan and run many attacks and defenses, and read the table.")
+    app.add_typer(bench, name="bench")
+
+    @command(bench, "plan", examples="bbfast bench plan paper\nbbfast bench plan grid.yaml --json")
+    def plan(source: Source, store: StorePath = _RUNS, settings: Set = [], json: Json = False) -> None:  # noqa: B006
+        """Show what a grid takes: cells, stages, what is shared, what is not applicable and why, time and disk."""
+        from bbfast.bench.cost import estimate
+        from bbfast.store import Store
+
+        made = _planned(source, settings)
+        left = estimate(made, Store(store.expanduser()))
+        reasons = made.not_applicable()
+        if json:
+            emit_json(
+                {
+                    "cells": len(made.cells),
+                    "stages": made.stages(),
+                    "not_applicable": sum(reasons.values()),
+                    "reasons": reasons,
+                    "estimate": {name: getattr(left, name) for name in left.__dataclass_fields__},
+                }
+            )
+            return
+        stages = made.stages()
+        console = screen()
+        console.print(
+            f"{made.grid.name}: {len(made.cells)} cells; {stages['total']} stages ({stages['attack']} attacks, "
+            f"{stages['defense']} defenses); {stages['saved_by_sharing']} trainings saved, since one attack serves "
+            "all its defenses",
+            soft_wrap=True,
+        )
+        if reasons:
+            console.print(_reasons(reasons))
+        unknown = f"; {left.unmeasured} stages have no measurement in the store" if left.unmeasured else ""
+        console.print(
+            f"left: {left.left} stages, {_time(left.seconds)} one after another, {left.disk_bytes / 1e9:.1f} GB"
+            + unknown,
+            markup=False,
+            soft_wrap=True,
+        )
+
+    @command(
+        bench,
+        "run",
+        examples="bbfast bench run smoke\nbbfast bench run grid.yaml --store runs/ --workers 4",
+        resume="run the same command again to go on",
+    )
+    def run(
+        source: Source,
+        store: StorePath = _RUNS,
+        settings: Set = [],  # noqa: B006
+        workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a GPU, or one a core.")] = None,
+        retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed before.")] = False,
+        json: Json = False,
+    ) -> None:
+        """Run what is not done yet. It may be stopped or killed at any moment: the same command goes on."""
+        from bbfast.bench import local_pool, run_plan
+        from bbfast.store import Store
+
+        made = _planned(source, settings)
+        place = Store(store.expanduser())
+        done = run_plan(
+            made, place, local_pool(place.root, made, workers), retry_failed=retry_failed, say=_unless_bar()
+        )
+        if json:
+            emit_json({name: getattr(done, name) for name in done.__dataclass_fields__})
+        else:
+            screen().print(
+                f"{done.done} done, {done.failed} failed, {done.not_applicable} not applicable, {done.blocked} without "
+                f"their attack; {done.begun} of them now, in {_time(done.seconds)}",
+                markup=False,
+            )
+        if done.failed:
+            note(f"bbfast bench status {source} --store {store} shows why; --retry-failed tries again")
+            raise typer.Exit(1)
+
+    @command(bench, "status", examples="bbfast bench status grid.yaml --store runs/")
+    def status(source: Source, store: StorePath = _RUNS, settings: Set = [], json: Json = False) -> None:  # noqa: B006
+        """Show how far a grid is, and why what failed has failed."""
+        from collections import Counter
+
+        from bbfast.bench import grid_rows
+        from bbfast.store import Store
+
+        rows = grid_rows(_planned(source, settings), _there(Store(store.expanduser())))
+        counts = Counter(row["status"] for row in rows)
+        failed = [row for row in rows if row["status"] == "failed"]
+        if json:
+            emit_json({"cells": len(rows), "status": counts, "failed": failed})
+            return
+        shown = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(counts.items()))
+        screen().print(f"{len(rows)} cells: {shown}", markup=False)
+        for row in failed:
+            where = " ".join(str(row[key]) for key in ("dataset", "model", "attack", "ratio", "defense"))
+            screen().print(f"  {where}, seed {row['seed']}: {row['reason']}", markup=False, soft_wrap=True)
+
+    @command(
+        bench,
+        "results",
+        examples="bbfast bench results smoke --pivot asr\nbbfast bench results grid.yaml --csv table.csv --mean",
+    )
+    def results(
+        source: Source,
+        store: StorePath = _RUNS,
+        settings: Set = [],  # noqa: B006
+        where: Annotated[
+            list[str], typer.Option(metavar="KEY=VALUE", help="Only cells with this: attack=badnets, ratio=0.1.")
+        ] = [],  # noqa: B006
+        mean: Annotated[bool, typer.Option("--mean", help="Mean and standard deviation over the seeds.")] = False,
+        pivot: Annotated[str | None, _METRIC] = None,
+        csv: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+        costs: Annotated[bool, typer.Option("--costs", help="Seconds and memory as well.")] = False,
+        json: Json = False,
+    ) -> None:
+        """Show a grid's figures: its cells, or attacks by defenses with --pivot."""
+        from bbfast.bench import aggregate, grid_rows, to_csv
+        from bbfast.bench.results import PLACE
+        from bbfast.store import Store
+
+        made, place = _planned(source, settings), _there(Store(store.expanduser()))
+        with usage():
+            wanted = parse_settings(where, "--where")
+            if unknown := [key for key in wanted if key not in PLACE]:
+                raise ValueError(f"--where takes {', '.join(PLACE)}, got {unknown[0]!r}")
+        rows = grid_rows(made, place, costs=costs)
+        rows = [row for row in rows if all(str(row[key]) == str(value) for key, value in wanted.items())]
+        if mean:
+            rows = aggregate(rows)
+        if csv is not None:
+            csv.expanduser().write_text(to_csv(rows), encoding="utf-8")
+            note(f"{len(rows)} rows in {csv}")
+        if json:
+            emit_json(rows)
+        elif pivot is not None:
+            with usage():
+                screen().print(_pivoted(rows, pivot))
+        elif csv is None:
+            screen().print(_listed(rows))
+
+    @command(bench, "compare", examples="bbfast bench compare paper published.csv --store runs/")
+    def compare(
+        source: Source,
+        published: Annotated[Path, typer.Argument(help="CSV of the published table.")],
+        store: StorePath = _RUNS,
+        settings: Set = [],  # noqa: B006
+        json: Json = False,
+    ) -> None:
+        """Put a grid's figures beside a published leaderboard: matched cells, differences, coverage."""
+        from bbfast.bench import compare as compared
+        from bbfast.bench import grid_rows, load_published
+        from bbfast.store import Store
+
+        rows = grid_rows(_planned(source, settings), _there(Store(store.expanduser())))
+        found = compared(rows, load_published(published))
+        if json:
+            emit_json(found)
+            return
+        console, coverage = screen(), found["coverage"]
+        console.print(
+            f"{coverage['matched']} cells in both; {coverage['ours_only']} only ours; the published table has "
+            f"{coverage['published']} filled and {coverage['published_empty']} empty"
+        )
+        for metric, summary in found["summary"].items():
+            if summary["n"]:
+                console.print(
+                    f"  {metric}: ours minus theirs {100 * summary['mean_difference']:+.2f} points on average, "
+                    f"{100 * summary['mean_absolute_difference']:.2f} in absolute value ({summary['n']} cells)"
+                )
+
+
+def _planned(source: str, settings: list[str]) -> Plan:
+    from bbfast.bench import load_grid, make_plan
+
+    with usage():
+        return make_plan(load_grid(source, **parse_settings(settings)))
+
+
+def _there(store: Any) -> Any:
+    from bbfast.errors import ArtifactError
+
+    if not store.root.is_dir():
+        raise ArtifactError(f"there is no store at {store.root}; name the folder with --store")
+    return store
+
+
+def _unless_bar() -> Any:
+    from bbfast._progress import wanted
+
+    return (lambda line: None) if wanted(None) else note
+
+
+def _reasons(reasons: dict[str, int]) -> Table:
+    table = Table(title="not applicable", title_justify="left", box=None, pad_edge=False, show_header=False)
+    table.add_column(justify="right")
+    table.add_column()
+    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+        table.add_row(str(count), reason)
+    return table
+
+
+def _listed(rows: list[dict[str, Any]]) -> Table:
+    from bbfast.bench.results import METRICS, PLACE
+
+    shown = [key for key in (*PLACE, "status", "n", *METRICS) if rows and key in rows[0]]
+    shown = [key for key in shown if key not in METRICS or any(row[key] is not None for row in rows)]
+    table = Table(box=None, pad_edge=False)
+    for key in shown:
+        table.add_column(key, justify="right" if key in METRICS else "left")
+    for row in rows:
+        table.add_row(*(_percent(row[key]) if key in METRICS else str(row[key]) for key in shown))
+    return table
+
+
+def _pivoted(rows: list[dict[str, Any]], value: str) -> Table:
+    from bbfast.bench import pivot
+
+    down, across, cells = pivot(rows, value)
+    table = Table(title=f"{value}, %", title_justify="left", box=None, pad_edge=False)
+    for name in ("attack", *map(str, across)):
+        table.add_column(name, justify="left" if name == "attack" else "right")
+    for name in down:
+        table.add_row(str(name), *(_percent(cells.get((name, other))) for other in across))
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _time(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s" if rest >= 60 else f"{rest} s"

@@ -1,0 +1,89 @@
+"""Plans: cells, shared stages, what is not applicable, and keys that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bbfast.bench import Plan, load_grid, make_plan
+from bbfast.defenses import refusal
+from bbfast.errors import ConfigError
+
+MakePlan = Callable[..., Plan]
+
+
+def test_one_attack_serves_all_its_defenses(plan: MakePlan) -> None:
+    made = plan(seeds=[0, 1])
+    assert len(made.cells) == 2 * 2 * 3
+    assert made.stages() == {"attack": 4, "defense": 8, "total": 12, "saved_by_sharing": 8}
+    for cell in made.cells:
+        task = made.tasks[cell.task or ""]
+        assert task.kind == ("attack" if cell.defense == "none" else "defense")
+        assert task.method == (cell.attack if cell.defense == "none" else cell.defense)
+        assert task.parent is None or made.tasks[task.parent].method == cell.attack
+        assert task.spec["seed"] == cell.seed and task.spec["attack"]["settings"]["ratio"] == cell.ratio
+    order = list(made.tasks)
+    assert all(t.parent is None or order.index(t.parent) < order.index(k) for k, t in made.tasks.items())
+
+
+def test_a_defense_without_its_attacks_row_still_has_the_attack(plan: MakePlan) -> None:
+    made = plan(defenses=["nc"])
+    assert made.stages()["attack"] == 2 and {cell.defense for cell in made.cells} == {"nc"}
+
+
+def test_what_is_not_applicable_has_a_reason(plan: MakePlan) -> None:
+    made = plan(ratios=[0.05, 0.2], models=["small_cnn", "vit_b_16"], defenses=["none", "clp"])
+    reasons = made.not_applicable()
+    refused = refusal("clp", "vit_b_16")
+    assert refused is not None and reasons.pop(refused) == 3  # once more of the attack that cannot be made
+    (reason,) = reasons
+    assert "label_mode 'clean_label' asks for 288 of 1442" in reason and reasons[reason] == 4
+    assert all((cell.task is None) == (cell.reason is not None) for cell in made.cells)
+
+
+def test_images_too_small_for_a_model(plan: MakePlan, tmp_path: Path) -> None:
+    images, labels = np.zeros((20, 16, 16, 3), np.uint8), np.arange(20) % 10
+    np.savez(tmp_path / "small.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    made = plan(datasets=[{"name": "npz", "root": str(tmp_path / "small.npz")}], models=["vgg19_bn"])
+    assert all(cell.task is None and "at least 32 pixels" in (cell.reason or "") for cell in made.cells)
+
+
+def test_data_that_are_not_here_are_the_workers_to_find(plan: MakePlan) -> None:
+    made = plan(datasets=[{"name": "npz", "root": "nowhere.npz"}])
+    assert made.stages()["total"] == 6 and not made.not_applicable()
+
+
+def test_keys_do_not_depend_on_the_company(plan: MakePlan) -> None:
+    small, large = (
+        plan(),
+        plan(attacks=["blended", "sig", "badnets"], defenses=["nc", "none", "ft", "clp"], seeds=[1, 0]),
+    )
+    assert small.tasks.keys() <= large.tasks.keys()
+    assert plan(device="cpu").tasks.keys() == small.tasks.keys()
+    for other in ({"recipe": {"epochs": 3}}, {"clean_fraction": 0.1}, {"seeds": [3]}, {"ratios": [0.06]}):
+        changed = plan(**other)
+        shared = changed.tasks.keys() & small.tasks.keys()
+        assert len(shared) == (2 if "clean_fraction" in other else 0)
+
+
+def test_the_published_grid() -> None:
+    made = make_plan(load_grid("paper"))
+    assert len(made.cells) == 15_360
+    stages = made.stages()
+    assert stages["attack"] == 920 and stages["total"] == sum(cell.task is not None for cell in made.cells)
+    # 2 clean-label attacks ask for more than a class of CIFAR-100 (2 ratios) and of Tiny ImageNet (3) holds.
+    too_many = sum(n for reason, n in made.not_applicable().items() if "clean_label" in reason)
+    assert too_many == 2 * 5 * 4 * 16
+
+
+def test_wrong_options_of_a_data_set_are_told_at_once(plan: MakePlan) -> None:
+    with pytest.raises(ConfigError, match=r"unknown .*'sice'"):
+        plan(datasets=[{"name": "digits", "options": {"sice": 16}}])
+
+
+@pytest.mark.parametrize("name", ["smoke", "digits-full"])
+def test_presets_for_the_digits_have_no_gap(name: str) -> None:
+    assert make_plan(load_grid(name)).not_applicable() == {}

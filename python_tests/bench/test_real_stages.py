@@ -1,0 +1,74 @@
+"""Real stages through real workers: figures, reuse by the single commands, refusals, damage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bbfast import Recipe, attacks, datasets
+from bbfast.bench import LocalPool, Plan, grid_rows, run_plan
+from bbfast.bench.outcomes import Outcome
+from bbfast.bench.stages import attack_stage
+from bbfast.bench.work import Memory, perform
+from bbfast.store import Store
+
+MakePlan = Callable[..., Plan]
+QUICK: dict[str, Any] = {"attacks": ["badnets"], "defenses": ["none", "clp", "fp"], "recipe": {"epochs": 1}}
+
+
+def step(plan: Plan, root: Path, key: str, memory: Memory, parent: str | None = None) -> Outcome:
+    task = plan.tasks[key]
+    return perform({"kind": task.kind, "spec": task.spec, "parent": parent}, str(root), memory)
+
+
+def test_a_grid_finds_what_the_commands_made_and_the_other_way_round(plan: MakePlan, tmp_path: Path) -> None:
+    made, store = plan(**QUICK, device="cpu"), Store(tmp_path)
+    recipe = Recipe.preset("quick", dataset="digits", model="small_cnn").replace(epochs=1)
+    method = attacks.create("badnets", ratio=0.05)
+    before = attack_stage(store, method, datasets.load("digits"), "small_cnn", recipe, device="cpu", progress=False)
+    done = run_plan(made, store, LocalPool(tmp_path, 2, threads=1), progress=False)
+    assert (done.done, done.failed) == (3, 0)
+    folders = [path.name for path in tmp_path.iterdir() if path.name.startswith("attack-")]
+    assert folders == [before.folder.name]
+    rows = {row["defense"]: row for row in grid_rows(made, store)}
+    assert rows["none"]["c_acc"] == before.result.metrics["c_acc"]
+    assert rows["clp"]["der"] is not None and rows["none"]["der"] is None
+    assert {row["status"] for row in rows.values()} == {"done"}
+
+
+def test_what_only_the_data_can_tell_is_not_applicable(plan: MakePlan, tmp_path: Path) -> None:
+    made, memory = plan(**{**QUICK, "attacks": ["sig"]}, device="cpu"), Memory()
+    attack = next(task for task in made.tasks.values() if task.kind == "attack")
+    spec = {**attack.spec, "attack": {"name": "sig", "settings": {"ratio": 0.5}}}
+    out = perform({"kind": "attack", "spec": spec}, str(tmp_path), memory)
+    assert out.status == "not_applicable" and "asks for 721 of 1442" in out.reason
+
+
+def test_data_that_are_not_here_fail_and_say_where(plan: MakePlan, tmp_path: Path) -> None:
+    made = plan(**{**QUICK, "datasets": [{"name": "npz", "root": "nowhere.npz"}]}, device="cpu")
+    out = step(made, tmp_path, next(iter(made.tasks)), Memory())
+    assert out.status == "failed" and "nowhere.npz" in out.reason and "Traceback" in out.traceback
+
+
+def test_one_flipped_bit_is_found_and_the_attack_made_anew(plan: MakePlan, tmp_path: Path) -> None:
+    made, store = plan(**QUICK, device="cpu"), Store(tmp_path)
+    only_attack = plan(**{**QUICK, "defenses": ["none"]}, device="cpu")
+    run_plan(only_attack, store, LocalPool(tmp_path, 1, threads=1), progress=False)
+    first = grid_rows(only_attack, store)
+    (weights,) = tmp_path.glob("attack-*/model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 4
+    weights.write_bytes(content)
+    done = run_plan(made, store, LocalPool(tmp_path, 1, threads=1), progress=False)
+    assert (done.done, done.failed) == (3, 0)
+    assert any((tmp_path / ".quarantine").iterdir()) and weights.read_bytes() != content
+    assert grid_rows(only_attack, store) == first
+
+
+def test_a_defense_that_refuses_is_not_a_failure(plan: MakePlan, tmp_path: Path) -> None:
+    made, memory = plan(**{**QUICK, "defenses": ["none", "nc"]}, device="cpu", clean_fraction=0.0005), Memory()
+    keys = list(made.tasks)
+    first = step(made, tmp_path, keys[0], memory)
+    out = step(made, tmp_path, keys[1], memory, first.folder)
+    assert out.status == "not_applicable" and "the clean hold-out would have 0 images for 10 classes" in out.reason

@@ -1,0 +1,194 @@
+"""Tables: index, means, pivots, export, and a published table beside ours."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bench_workers
+import pytest
+
+from bbfast.bench import (
+    Index,
+    LocalPool,
+    Plan,
+    aggregate,
+    compare,
+    grid_rows,
+    load_published,
+    pivot,
+    run_plan,
+    to_csv,
+    to_json,
+)
+from bbfast.errors import ArtifactError
+from bbfast.store import Content, Store
+
+MakePlan = Callable[..., Plan]
+
+
+@pytest.fixture
+def ran(plan: MakePlan, tmp_path: Path) -> tuple[Plan, Store]:
+    made = plan(seeds=[0, 11])
+    run_plan(made, Store(tmp_path), LocalPool(tmp_path, 2, threads=1, work=bench_workers.quick), progress=False)
+    return made, Store(tmp_path)
+
+
+def test_the_index_is_a_copy_of_the_folders(ran: tuple[Plan, Store], tmp_path: Path) -> None:
+    with Index(ran[1]) as index:
+        assert index.refresh() == {}
+        rows = index.rows()
+        assert len(rows) == 12 and {row["stage"] for row in rows} == {"attack", "defense"}
+        assert index.rows({"attack": "badnets", "seed": [0, 3]}) == [
+            row for row in rows if row["attack"] == "badnets" and row["seed"] == 0
+        ]
+        with pytest.raises(ValueError, match=r"where must name columns .* got \['colour'\]"):
+            index.rows({"colour": 1})
+    mode = sqlite3.connect(tmp_path / "index.sqlite").execute("PRAGMA journal_mode").fetchone()
+    assert mode == ("wal",)
+    (tmp_path / "index.sqlite").unlink()
+    gone = next(tmp_path.glob("defense-nc-*"))
+    broken = next(tmp_path.glob("defense-ft-*"))
+    for file in gone.iterdir():
+        file.unlink()
+    gone.rmdir()
+    (broken / "metrics.json").write_text('{"c_acc": 1.0}')
+    with Index(ran[1]) as index:
+        damaged = index.refresh()
+        assert list(damaged) == [broken.name] and "metrics.json" in damaged[broken.name]
+        assert len(index.rows()) == 10
+    with pytest.raises(ArtifactError, match="there is no store at"):
+        Index(Store(tmp_path / "none"))
+
+
+def test_an_index_of_another_version_is_made_anew(ran: tuple[Plan, Store], tmp_path: Path) -> None:
+    with Index(ran[1]) as index:
+        index.refresh()
+    db = sqlite3.connect(tmp_path / "index.sqlite")
+    db.execute("PRAGMA user_version = 99")
+    db.execute("DELETE FROM records")
+    db.commit()
+    db.close()
+    with Index(ran[1]) as index:
+        index.refresh()
+        assert len(index.rows()) == 12
+
+
+def test_means_over_seeds(ran: tuple[Plan, Store]) -> None:
+    rows = aggregate(grid_rows(*ran))
+    assert len(rows) == 6 and "seed" not in rows[0]
+    (cell,) = [row for row in rows if row["attack"] == "badnets" and row["defense"] == "nc"]
+    # The workers' figure is the length of the stage's name, whose seeds are "0" and "11".
+    first = len("badnets-0.05-0-nc") / 100
+    assert cell["n"] == 2 and cell["c_acc"] == pytest.approx(first + 0.005)
+    assert cell["c_acc_std"] == pytest.approx(0.01 / math.sqrt(2)) and cell["tpr"] is None
+    assert aggregate(rows[:0]) == []
+
+
+def test_pivots(ran: tuple[Plan, Store]) -> None:
+    down, across, cells = pivot(grid_rows(*ran), "asr")
+    assert (down, across) == (["badnets", "sig"], ["none", "ft", "nc"]) and set(cells.values()) == {0.5}
+    with pytest.raises(ValueError, match="the results have no 'acc'; they have dataset"):
+        pivot(grid_rows(*ran), "acc")
+
+
+def test_what_is_written_can_be_read(ran: tuple[Plan, Store]) -> None:
+    rows = grid_rows(*ran, costs=True)
+    back = list(csv.DictReader(io.StringIO(to_csv(rows))))
+    assert [float(row["c_acc"]) for row in back] == [row["c_acc"] for row in rows] and back[0]["tpr"] == ""
+    assert json.loads(to_json(rows)) == rows
+    assert to_csv([]).startswith("folder,stage,dataset")
+
+
+def test_cells_that_are_missing(plan: MakePlan, ran: tuple[Plan, Store], tmp_path: Path) -> None:
+    for path in tmp_path.glob("attack-sig-*"):
+        (path / "manifest.json").unlink()
+    status = {(row["attack"], row["defense"]): row["status"] for row in grid_rows(*ran)}
+    assert status["sig", "none"] == "missing" and status["sig", "nc"] == "done"
+    more = plan(defenses=["none", "fp"])
+    assert {row["status"] for row in grid_rows(more, ran[1]) if row["defense"] == "fp"} == {"missing"}
+
+
+PUBLISHED = """,dataset,backbone,attack_name,defense_name,ratio,test_acc,test_asr,test_ra
+0,tiny,preactresnet18,badnet,no defense,0.1,0.5,0.9,0.1
+1,tiny,preactresnet18,inputaware,i-bau,0.1,0.4,0.2,
+2,tiny,preactresnet18,badnet,dde,0.1,,,
+3,tiny,preactresnet18,badnet,spectral,0.05,0.3,0.8,0.2
+"""
+
+
+def test_beside_a_published_table(tmp_path: Path) -> None:
+    path = tmp_path / "published.csv"
+    path.write_text(PUBLISHED)
+    published = load_published(path)
+    assert set(published) == {
+        ("tiny_imagenet", "preactresnet18", attack, ratio, defense)
+        for attack, ratio, defense in (
+            ("badnets", 0.1, "none"),
+            ("input_aware", 0.1, "i_bau"),
+            ("badnets", 0.1, "ep"),
+            ("badnets", 0.05, "ss"),
+        )
+    }
+
+    def row(attack: str, defense: str, c_acc: float, asr: float | None) -> dict[str, Any]:
+        place = {"dataset": "tiny_imagenet", "model": "preactresnet18", "ratio": 0.1}
+        return {**place, "attack": attack, "defense": defense, "c_acc": c_acc, "asr": asr, "r_acc": 0.3}
+
+    found = compare(
+        [
+            row("badnets", "none", 0.6, 0.8),
+            row("badnets", "none", 0.8, 1.0),
+            row("input_aware", "i_bau", 0.4, None),
+            row("badnets", "ep", 0.4, 0.1),
+            row("lf", "ep", 0.4, 0.1),
+        ],
+        published,
+    )
+    assert found["coverage"] == {"published": 3, "published_empty": 1, "ours": 4, "matched": 2, "ours_only": 2}
+    first, second = found["cells"]
+    assert first["n"] == 2 and first["c_acc_difference"] == pytest.approx(0.2) and first["asr"] == pytest.approx(0.9)
+    assert second["asr_difference"] is None and second["r_acc_published"] is None
+    assert found["summary"]["c_acc"] == {
+        "n": 2,
+        "mean_difference": pytest.approx(0.1),
+        "mean_absolute_difference": pytest.approx(0.1),
+    }
+    assert found["summary"]["asr"]["n"] == 1
+
+
+def test_published_tables_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    with pytest.raises(ArtifactError, match=r"cannot read .*No such file"):
+        load_published(path)
+    path.write_text("dataset,ratio\na,1\n")
+    with pytest.raises(ArtifactError, match=r"missing: \['backbone'"):
+        load_published(path)
+    path.write_text(PUBLISHED.replace("0.8,0.2", "high,0.2"))
+    with pytest.raises(ArtifactError, match=r"p\.csv, line 5: could not convert string to float: 'high'"):
+        load_published(path)
+
+
+def test_a_record_without_all_facts(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write("attack", "badnets", "0" * 64, Content("attack", _config(), {"c_acc": 0.5}))
+    with Index(store) as index:
+        index.refresh()
+        (row,) = index.rows()
+        assert row["ratio"] == 0.1 and row["c_acc"] == 0.5 and row["epochs"] is None
+
+
+def _config() -> dict[str, Any]:
+    return {
+        "attack": "badnets",
+        "attack_config": {"ratio": 0.1},
+        "data": {"name": "digits"},
+        "model": {"name": "small_cnn"},
+        "seed": 0,
+    }
