@@ -161,7 +161,7 @@ def test_adam_is_torchs() -> None:
     adam = torch.optim.Adam([parameter], lr=0.1, betas=(0.5, 0.9))
     for step in range(1, 20):
         parameter.grad = torch.randn(3, 4)
-        _inversion._adam(mine, parameter.grad, first, second, step, 0.1)
+        _inversion.adam_step(mine, parameter.grad, first, second, step, 0.1)
         adam.step()
         torch.testing.assert_close(mine, parameter.detach(), rtol=1e-5, atol=1e-6)
 

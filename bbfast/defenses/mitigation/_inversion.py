@@ -25,7 +25,7 @@ from bbfast.training.device import Numerics, choose_numerics, placed
 from bbfast.training.prediction import evaluating
 from bbfast.training.runtime import deterministic, keep_freed_memory
 
-__all__ = ["InversionSettings", "Triggers", "auto_chunk", "invert"]
+__all__ = ["InversionSettings", "Triggers", "adam_step", "auto_chunk", "invert", "squash"]
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class _State:
         (c, h, w), k = shape, classes.numel()
         raw = torch.ones(k, 1 + c, h, w, device=classes.device)
         self.raw, self.first, self.second = raw, torch.zeros_like(raw), torch.zeros_like(raw)
-        self.best = _squash(raw)
+        self.best = squash(raw)
         self.success = torch.zeros(k, dtype=torch.float64)
         self.step, self.epoch = 0, 0
         self.schedule = CostSchedule.start(
@@ -256,7 +256,7 @@ def _pass(
         for start in range(0, len(rows), chunk):
             piece = slice(start, start + chunk)
             leaf = raw[piece].detach().requires_grad_()
-            squashed = _squash(leaf)
+            squashed = squash(leaf)
             mask, pattern = squashed[:, :1], squashed[:, 1:]
             stamped = stamp(batch.x, mask, (pattern - mean) / std)
             with numerics.autocast(device):
@@ -271,7 +271,7 @@ def _pass(
             sizes[piece] += size.detach()
             losses[piece] += loss.detach()
         state.step += 1
-        _adam(raw, grad, first, second, state.step, settings.mask_lr)
+        adam_step(raw, grad, first, second, state.step, settings.mask_lr)
     count = len(loader)
     _check_finite(losses, targets, state.epoch, settings)
     state.raw[rows], state.first[rows], state.second[rows] = raw, first, second
@@ -283,10 +283,10 @@ def _pass(
     shown = unfound & (better | torch.tensor(settings.fallback == "last_pass" or state.epoch == 1))
     keep = better | shown
     state.success = torch.where(keep, acc, state.success)
-    state.best = torch.where(keep.to(device)[:, None, None, None], _squash(state.raw), state.best)
+    state.best = torch.where(keep.to(device)[:, None, None, None], squash(state.raw), state.best)
 
 
-def _adam(raw: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: int, lr: float) -> None:
+def adam_step(raw: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: int, lr: float) -> None:
     """One step of Adam with betas (0.5, 0.9) in place; all rows have the same step count, since none ever pauses."""
     beta1, beta2, eps = 0.5, 0.9, 1e-8
     first.lerp_(grad, 1 - beta1)
@@ -295,7 +295,7 @@ def _adam(raw: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: int, l
     raw.addcdiv_(first, denominator, value=-lr / (1 - beta1**step))
 
 
-def _squash(raw: Tensor) -> Tensor:
+def squash(raw: Tensor) -> Tensor:
     return torch.tanh(raw) / _SQUASH + 0.5
 
 

@@ -184,7 +184,7 @@ class BTIDBF(Defense):
             "BatchNorm's statistics of the copy that the inversion then uses drift.",
             "The purifier gets images without noise at inference, so that the same image always has the same answer; "
             "the authors' evaluation adds the noise of its training.",
-            "The generator first learns the identity with the cross-entropy of soft predictions; the authors' code takes "
+            "The generator learns the identity with the cross-entropy of soft predictions; the authors' code takes "
             "softmax values for logits there.",
             "The generator is trained on the model at hand in the same call; the authors keep it in a file.",
             "On hold-outs under about 750 images the batch shrinks so that an epoch keeps about 8 steps "
