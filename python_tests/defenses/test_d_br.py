@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,17 +18,20 @@ from torchvision.transforms import functional as tv
 from bbfast import defenses
 from bbfast.attacks.result import AttackResult
 from bbfast.data.imageset import ImageSet
+from bbfast.data.loader import BatchLoader
 from bbfast.defenses import DefenseResult, _fct
-from bbfast.defenses._content import content_keys
+from bbfast.defenses._content import content_keys, content_order
 from bbfast.defenses._draws import Draws
 from bbfast.defenses._fct import Separation, feature_changes, sensitivity, separation_loss, turned
+from bbfast.defenses.detection import d_br
 from bbfast.defenses.features import extract_features
 from bbfast.defenses.view import DataFacts, DefenderView, Grants
 from bbfast.errors import ConfigError, DataRequirementError, DivergedError, UnsupportedModelError
 from bbfast.models import build
 from bbfast.training import Recipe, train
 
-TINY: dict[str, Any] = {"train_epochs": 1, "sep_epochs": 1, "batch_size": 50, "views": 2}
+TINY: dict[str, Any] = {"train_epochs": 1, "sep_epochs": 1, "batch_size": 50, "views": 2, "rounds": 0}
+REMOVING: dict[str, Any] = TINY | {"rounds": 3, "alpha_poison": 0.2, "alpha_clean": 0.4, "lr": 0.01}
 MakeImages = Callable[..., ImageSet]
 
 
@@ -211,7 +215,7 @@ def test_diverged_model_is_named(toy_images: MakeImages, monkeypatch: pytest.Mon
 def test_bad_input(toy_images: MakeImages) -> None:
     with pytest.raises(DataRequirementError, match=r"0\.05 .* of 19 training samples is none"):
         defenses.create("d_br").check(view_with(toy_images(19, 4)))
-    defenses.create("d_br").check(view_with(toy_images(20, 4)))
+    defenses.create("d_br", rounds=0).check(view_with(toy_images(20, 4)))
     facts = DataFacts("toy", 4, (3, 12, 12), (0.5,) * 3, (0.5,) * 3)
     grants = Grants(poisoned_train=toy_images(40, 4))
     view = DefenderView("d_br", {"poisoned_train", "fresh_model"}, facts, grants)
@@ -243,13 +247,124 @@ def test_settings() -> None:
     assert defenses.create("d_br", preset="paper").config.views == 1
 
 
+def removal_view(data: ImageSet, seed: int = 0, **options: Any) -> DefenderView:
+    torch.manual_seed(3)
+    model = build("small_cnn", 4, data.image_size[1:])
+    facts = DataFacts("toy", 4, data.image_size, data.mean, data.std, padding=2)
+    grants = Grants(model=model.eval(), poisoned_train=data, model_spec=model.bbfast_spec)
+    recipe = Recipe(precision="fp32", deterministic=True)
+    return DefenderView("d_br", defenses.find("d_br").card.needs, facts, grants, recipe=recipe, seed=seed, **options)
+
+
+def weights(result: DefenseResult) -> dict[str, Tensor]:
+    assert result.model is not None
+    return result.model.state_dict()
+
+
+# -- the removal ------------------------------------------------------------------------------------------------------
+
+
+def test_removal_is_ascent_then_descent_by_one_optimiser(toy_images: MakeImages) -> None:
+    """Against a plain loop: passes over the flagged samples uphill and over the clean ones downhill, one momentum."""
+    data = toy_images(120, 4)
+    view = removal_view(data)
+    expected = copy.deepcopy(view.model)
+    result = defenses.create("d_br", **REMOVING).run(view)
+    config = defenses.create("d_br", **REMOVING).config
+    found = sensitivity(removal_view(data), config)
+    assert torch.equal(rows(result)[0], found.scores) and torch.equal(rows(result)[1], found.poisoned)
+    assert result.info["clean_idx"] == found.clean.nonzero()[:, 0].tolist()
+
+    order = content_order(data.images, data.labels)
+    sets = [data.subset(order).subset(mask[order]) for mask in (found.poisoned, found.clean)]
+    seed = view.derive_seed("removal")
+    loaders = [
+        BatchLoader(part, 50, seed=seed + own, padding=2, merge_single=True)
+        for part, own in zip(sets, (1, 0), strict=True)
+    ]
+    sgd = torch.optim.SGD(expected.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    expected.train()
+    for epoch in range(3):
+        for loader, sign in zip(loaders, (-1, 1), strict=True):
+            for batch in loader.epoch(epoch):
+                sgd.zero_grad()
+                (sign * nn.functional.cross_entropy(expected(batch.x), batch.y)).backward()
+                sgd.step()
+    for name, value in weights(result).items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-4, atol=1e-5)
+    phases = [row["phase"] for row in result.history]
+    assert phases == ["sensitivity"] * 2 + ["removal"] * 3
+
+
+def test_removal_does_not_depend_on_storage_order(toy_images: MakeImages) -> None:
+    data, order = toy_images(120, 4), torch.randperm(120, generator=torch.Generator().manual_seed(0))
+    method = defenses.create("d_br", **REMOVING)
+    one = weights(method.run(removal_view(data)))
+    other = method.run(removal_view(ImageSet(data.images[order], data.labels[order], data.mean, data.std)))
+    assert all(torch.equal(one[name], value) for name, value in weights(other).items())
+
+
+def test_the_same_flags_with_and_without_removal(toy_images: MakeImages) -> None:
+    """What ``detect_only`` finds is what the removal unlearns, and without it the model is not looked at."""
+    data = toy_images(120, 4)
+    view = removal_view(data)
+    alone = defenses.create("d_br", **REMOVING | defenses.find("d_br").Config.detect_only).run(view)
+    both = defenses.create("d_br", **REMOVING).run(removal_view(data))
+    assert alone.model is None and "model" not in view.used
+    assert torch.equal(rows(alone)[0], rows(both)[0]) and torch.equal(rows(alone)[1], rows(both)[1])
+
+
+def test_killed_removal_goes_on(toy_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, method = toy_images(120, 4), defenses.create("d_br", **REMOVING)
+    whole = weights(method.run(removal_view(data)))
+    plain = d_br.Removal.epoch_end
+
+    def killed(self: Any, epoch: int, model: nn.Module) -> dict[str, float]:
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return plain(self, epoch, model)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(d_br.Removal, "epoch_end", killed)
+        method.run(removal_view(data, checkpoint=tmp_path))
+    again = weights(method.run(removal_view(data, checkpoint=tmp_path)))
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+def test_ascent_that_runs_away_is_named(toy_images: MakeImages) -> None:
+    method = defenses.create("d_br", **REMOVING | {"lr": 1e18})
+    with pytest.raises(DivergedError, match=r"d_br: .*lower (rounds|lr)"):
+        method.run(removal_view(toy_images(120, 4)))
+
+
+def test_nothing_is_unlearned_that_is_forgotten(toy_images: MakeImages) -> None:
+    data = toy_images(120, 4)
+    never = defenses.create("d_br", **REMOVING | {"ascent_stop": 1e-9}).run(removal_view(data))
+    always = defenses.create("d_br", **REMOVING | {"ascent_stop": 1e9}).run(removal_view(data))
+    assert not any("ascent_loss" in row for row in never.history)
+    # The untrained model may be right on fewer than chance, once it has learned the clean part it is not.
+    assert any("ascent_loss" in row for row in always.history)
+
+
+@pytest.mark.slow
+def test_it_repairs_the_digits(digits_attack: AttackResult) -> None:
+    metrics = defenses.defend("d_br", digits_attack, device="cpu", progress=False).metrics
+    assert metrics["asr"] <= 0.15 and metrics["c_acc"] >= metrics["c_acc_before"] - 0.05, metrics
+
+
+def test_removal_needs_two_of_each(toy_images: MakeImages) -> None:
+    with pytest.raises(DataRequirementError, match=r"at least 2 samples of each kind.* of 39 are 7 and 1"):
+        defenses.create("d_br").check(removal_view(toy_images(39, 4)))
+    defenses.create("d_br").check(removal_view(toy_images(40, 4)))
+
+
 LARGE = ("vgg19_bn", "convnext_tiny", "vit_b_16")
 
 
 @pytest.mark.parametrize("name", ["preactresnet18", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
 def test_architectures(toy_images: MakeImages, name: str) -> None:
     data = toy_images(24, 4, (3, 32, 32))
-    method = defenses.create("d_br", train_epochs=0, sep_epochs=1, batch_size=12, views=1)
+    method = defenses.create("d_br", train_epochs=0, sep_epochs=1, batch_size=12, views=1, rounds=0)
     scores, _ = rows(method.run(view_with(data, architecture=name)))
     assert bool(scores.isfinite().all())
 
@@ -259,7 +374,9 @@ def test_architectures(toy_images: MakeImages, name: str) -> None:
 
 def test_on_digits(digits_attack: AttackResult) -> None:
     """AUROC above 0.8; ranks settle as turns are added (0.95 of the acceptance takes more than four)."""
-    result = defenses.defend("d_br", digits_attack, seed=0, device="cpu", progress=False)
+    method = defenses.create("d_br", rounds=0)
+    result = defenses.defend(method, digits_attack, seed=0, device="cpu", progress=False)
+    assert result.model is None
     assert result.metrics["auroc"] > 0.8
     assert result.metrics["precision"] > 0.5
     assert int(rows(result)[1].sum()) == int(0.05 * len(digits_attack.train))

@@ -125,7 +125,7 @@ def test_model_that_gives_nan(name: str, stage: str | None, toy_attack: MakeAtta
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = answer(defense, attack, tmp_path / "a")
-    if "model" in defense.card.needs and result is not None:
+    if result is not None and "model" in result.info["data_used"]:
         assert result.scores is None or not result.flags.any()  # type: ignore[union-attr]
         assert not result.verdict.get("backdoored")
 
