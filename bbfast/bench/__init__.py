@@ -10,7 +10,7 @@ from bbfast.bench.plan import Cell, Plan, Task, make_plan
 from bbfast.bench.pool import LocalPool, Pool
 from bbfast.bench.presets import GRIDS
 from bbfast.bench.results import aggregate, grid_rows, pivot, to_csv, to_json
-from bbfast.bench.run import Summary, local_pool, run_plan
+from bbfast.bench.run import Summary, local_pool, make_pool, run_plan
 
 __all__ = [
     "GRIDS",
@@ -30,6 +30,7 @@ __all__ = [
     "load_published",
     "local_pool",
     "make_plan",
+    "make_pool",
     "pivot",
     "run_plan",
     "to_csv",

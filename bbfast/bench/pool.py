@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
@@ -20,7 +21,7 @@ from bbfast.bench.grid import Limits
 from bbfast.bench.outcomes import Outcome
 from bbfast.bench.work import Memory, perform
 
-__all__ = ["Ended", "LocalPool", "Pool", "Work"]
+__all__ = ["Ended", "LocalPool", "Pool", "Watch", "Work", "ended_reason"]
 
 Work = Callable[[Mapping[str, Any], str, Memory], Outcome]
 """What a worker does with a stage; :func:`bbfast.bench.work.perform` unless a test says otherwise."""
@@ -159,13 +160,9 @@ class LocalPool:
         spent, memory = worker.spent(), _resident(worker.process.pid)
         worker.peak = max(worker.peak, memory)
         self._largest = max(self._largest, memory)
-        reason, lost = "", False
+        reason, lost = _too_much(spent, memory, self._limits.seconds, self._limits.memory_gib), False
         if not worker.process.is_alive():
             reason, lost = f"its worker ended with {_exit(worker.process.exitcode)}", True
-        elif self._limits.seconds is not None and spent > self._limits.seconds:
-            reason = f"ended after {spent:.0f} s: the limit is {self._limits.seconds:g} s"
-        elif self._limits.memory_gib is not None and memory > self._limits.memory_gib * 2**30:
-            reason = f"ended at {memory / 2**30:.2f} GiB of memory: the limit is {self._limits.memory_gib:g} GiB"
         if not reason:
             return None
         worker.end()
@@ -205,6 +202,71 @@ class _Worker:
         self.process.kill()
         self.process.join()
         self.pipe.close()
+
+
+class Watch:
+    """Ends its own process when a stage takes more than it may, where the runner cannot see it; a context manager.
+
+    The reason is left beside the outcomes (:func:`ended_reason`), since a dead process tells none.
+
+    Args:
+        root: The store.
+        key: Of the stage.
+        memory_gib: Limit of resident memory; None is none.
+        seconds: Limit of wall-clock time; None is none.
+    """
+
+    def __init__(self, root: str, key: str, memory_gib: float | None = None, seconds: float | None = None) -> None:
+        self._note = _note(root, key)
+        self._memory, self._seconds = memory_gib, seconds
+        self._peak, self._began = 0, time.monotonic()
+        self._over = threading.Event()
+
+    def __enter__(self) -> Watch:
+        self._note.unlink(missing_ok=True)
+        self._began = time.monotonic()
+        threading.Thread(target=self._look, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def measured(self, outcome: Outcome) -> Outcome:
+        """The outcome with what the stage took."""
+        peak = max(self._peak, _resident(os.getpid()))
+        return dataclasses.replace(outcome, seconds=time.monotonic() - self._began, peak_memory=peak)
+
+    def _look(self) -> None:
+        while not self._over.wait(_POLL):
+            spent, memory = time.monotonic() - self._began, _resident(os.getpid())
+            self._peak = max(self._peak, memory)
+            reason = _too_much(spent, memory, self._seconds, self._memory)
+            if reason:
+                with contextlib.suppress(OSError):
+                    self._note.parent.mkdir(parents=True, exist_ok=True)
+                    self._note.write_text(reason, encoding="utf-8")
+                os._exit(1)
+
+
+def ended_reason(root: str, key: str) -> str | None:
+    """Why a :class:`Watch` ended the process of a stage; None if it did not."""
+    try:
+        return _note(root, key).read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
+def _note(root: str, key: str) -> Path:
+    return Path(root) / ".bench" / f"{key}.ended"
+
+
+def _too_much(spent: float, memory: int, seconds: float | None, memory_gib: float | None) -> str:
+    """Why a stage is to be ended; empty if it is not."""
+    if seconds is not None and spent > seconds:
+        return f"ended after {spent:.0f} s: the limit is {seconds:g} s"
+    if memory_gib is not None and memory > memory_gib * 2**30:
+        return f"ended at {memory / 2**30:.2f} GiB of memory: the limit is {memory_gib:g} GiB"
+    return ""
 
 
 def _serve(pipe: Connection, runner: int, root: str, threads: int, device: str | None, work: Work) -> None:

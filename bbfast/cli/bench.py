@@ -77,19 +77,21 @@ def register(app: typer.Typer) -> None:
         source: Source,
         store: StorePath = _RUNS,
         settings: Set = [],  # noqa: B006
-        workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a GPU, or one a core.")] = None,
+        executor: Annotated[str, typer.Option(help="local, ray or slurm.")] = "local",
+        workers: Annotated[int | None, typer.Option(min=1, help="Stages at once; one a GPU, or one a core.")] = None,
+        gpus: Annotated[float, typer.Option(min=0, help="GPUs of each worker of ray or slurm.")] = 0.0,
         retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed before.")] = False,
         json: Json = False,
     ) -> None:
         """Run what is not done yet. It may be stopped or killed at any moment: the same command goes on."""
-        from bbfast.bench import local_pool, run_plan
+        from bbfast.bench import make_pool, run_plan
         from bbfast.store import Store
 
         made = _planned(source, settings)
         place = Store(store.expanduser())
-        done = run_plan(
-            made, place, local_pool(place.root, made, workers), retry_failed=retry_failed, say=_unless_bar()
-        )
+        with usage():
+            pool = make_pool(executor, place.root, made, workers, gpus)
+        done = run_plan(made, place, pool, retry_failed=retry_failed, say=_unless_bar())
         if json:
             emit_json({name: getattr(done, name) for name in done.__dataclass_fields__})
         else:

@@ -104,3 +104,10 @@ def rotten(task: Mapping[str, Any], root: str, memory: Memory) -> Outcome:
     if task["verify"]:
         (Path(root) / "verified").touch()
     return made(task, root)
+
+
+def dies_once(task: Mapping[str, Any], root: str, memory: Memory) -> Outcome:
+    if name_of(task).endswith("-nc") and not (mark := Path(root) / "killed").exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return made(task, root)

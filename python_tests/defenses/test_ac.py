@@ -405,6 +405,7 @@ def test_distance_ignores_classes_without_samples() -> None:
 # -- on a trained model -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_real_backdoor_and_retraining(digits_attack: AttackResult, tmp_path: Path) -> None:
     """At 10 % half of the target class is poison, which only exclusionary reclassification can name."""
     result = defenses.defend(defenses.create("ac", preset="paper"), digits_attack, seed=0, device="cpu", progress=False)

@@ -114,6 +114,7 @@ def test_training_set_and_storage(toy_attack: Callable[..., AttackResult], tmp_p
         torch.testing.assert_close(bare(seen).roll(-1, 1), result.model(x), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_repairs_the_digits(digits_attack: AttackResult) -> None:
     """A quarter of the epochs: the attacker's trigger is overridden, accuracy stays within 5 points."""
     result = defenses.defend(defenses.create("pdb", epochs=25), digits_attack, 0.05, device="cpu", progress=False)

@@ -123,7 +123,7 @@ class DST(Defense):
 
     def check(self, view: DefenderView) -> None:
         check_fct(view, self.config)
-        classifier(view.fresh_model(), self.name)
+        classifier(view.fresh_model(empty=True), self.name)
 
     def run(self, view: DefenderView) -> DefenseResult:
         cfg: DSTConfig = self.config
