@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bbfast.bench.compare import compare, load_published
+from bbfast.bench.gc import Garbage, find_garbage, remove_garbage
 from bbfast.bench.grid import Grid, load_grid
 from bbfast.bench.index import Index
 from bbfast.bench.outcomes import Outcome
@@ -15,6 +16,7 @@ from bbfast.bench.run import Summary, local_pool, make_pool, run_plan
 __all__ = [
     "GRIDS",
     "Cell",
+    "Garbage",
     "Grid",
     "Index",
     "LocalPool",
@@ -25,6 +27,7 @@ __all__ = [
     "Task",
     "aggregate",
     "compare",
+    "find_garbage",
     "grid_rows",
     "load_grid",
     "load_published",
@@ -32,6 +35,7 @@ __all__ = [
     "make_plan",
     "make_pool",
     "pivot",
+    "remove_garbage",
     "run_plan",
     "to_csv",
     "to_json",

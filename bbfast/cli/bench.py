@@ -167,6 +167,29 @@ def register(app: typer.Typer) -> None:
         elif csv is None:
             screen().print(_listed(rows))
 
+    @command(bench, "gc", examples="bbfast bench gc paper mine.yaml --store runs/")
+    def gc(
+        sources: Annotated[list[str], typer.Argument(metavar="GRID...", help="Grids whose results stay.")],
+        store: StorePath = _RUNS,
+        yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+    ) -> None:
+        """Remove results that none of the grids refers to. Shows what would go, and asks."""
+        from bbfast.bench import find_garbage, remove_garbage
+        from bbfast.store import Store
+
+        found = find_garbage(Store(store.expanduser()), [_planned(source, []) for source in sources])
+        for path in found.results:
+            screen().print(f"  {path.name}", markup=False)
+        screen().print(
+            f"{len(found.results)} results, {len(found.outcomes)} notes and {len(found.quarantine)} damaged results, "
+            f"none of them of these grids: {found.size / 1e6:.1f} MB",
+            markup=False,
+            soft_wrap=True,
+        )
+        if found and (yes or typer.confirm("Remove them?", default=False)):
+            remove_garbage(found)
+            note("removed")
+
     @command(bench, "compare", examples="bbfast bench compare paper published.csv --store runs/")
     def compare(
         source: Source,

@@ -48,9 +48,7 @@ if __name__ == "__main__":
     [
         ("dies_once", {}, "done=3, failed=0", ""),  # the worker of nc is killed mid-stage, once
         pytest.param("hangs", {"seconds": 3}, "done=2, failed=1", "the limit is 3 s", marks=pytest.mark.slow),
-        pytest.param(
-            "hungry", {"memory_gib": 0.9}, "done=2, failed=1", "the limit is 0.9 GiB", marks=pytest.mark.slow
-        ),
+        pytest.param("hungry", {"memory_gib": 0.9}, "done=2, failed=1", "the limit is 0.9 GiB", marks=pytest.mark.slow),
     ],
 )
 def test_ray(plan: MakePlan, tmp_path: Path, work: str, limits: dict[str, Any], ends: str, reason: str) -> None:
