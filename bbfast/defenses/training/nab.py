@@ -151,9 +151,8 @@ class NAB(Defense):
                 f"nab needs at least 2 training samples that are neither isolated nor excluded, but "
                 f"isolate={cfg.isolate} and centre_exclude={cfg.centre_exclude} of {n} leave fewer"
             )
-        model = view.fresh_model()
         if cfg.pseudo == "nc":
-            classifier(model, self.name)
+            classifier(view.fresh_model(empty=True), self.name)
 
     def run(self, view: DefenderView) -> DefenseResult:
         cfg: NABConfig = self.config
