@@ -21,6 +21,7 @@ __all__ = [
     "DatasetError",
     "DetectionError",
     "DivergedError",
+    "MissingExtraError",
     "NewerFormatError",
     "UnknownNameError",
     "UnsafeFileError",
@@ -54,6 +55,17 @@ class ConfigError(BBFastError, ValueError):
 
 class DatasetError(BBFastError):
     """A data set's files are missing or damaged; the message says which file and how to get it."""
+
+
+class MissingExtraError(BBFastError):
+    """An optional package is not installed; the message says what to install."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(f"{what} needs {package}, which is not installed: pip install 'bbfast[{extra}]'")
+        self.what, self.package, self.extra = what, package, extra
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.what, self.package, self.extra)
 
 
 class DivergedError(BBFastError):

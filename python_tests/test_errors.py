@@ -11,7 +11,7 @@ from bbfast.errors import BBFastError, UnknownNameError, UnsupportedModelError, 
 
 CLASSES = [getattr(errors, name) for name in errors.__all__ if name != "nearest"]
 
-OWN = (UnknownNameError, UnsupportedModelError, errors.DetectionError)
+OWN = (UnknownNameError, UnsupportedModelError, errors.DetectionError, errors.MissingExtraError)
 """Those that are made of more than a message."""
 
 
@@ -50,6 +50,7 @@ def test_unsupported_model() -> None:
         UnknownNameError("attack", "badnet5", ["badnets"]),
         UnsupportedModelError("bnp", "vit_b_16", "no BatchNorm2d", "use ft"),
         errors.DetectionError({"ac": "a result"}, {}),
+        errors.MissingExtraError("umap", "umap-learn", "analysis"),
         *(cls("what happened") for cls in CLASSES if cls not in OWN),
     ],
 )

@@ -11,7 +11,7 @@ from bbfast.bench.grid import Limits
 from bbfast.bench.outcomes import Outcome
 from bbfast.bench.pool import Ended, Watch, Work, ended_reason
 from bbfast.bench.work import Memory, perform
-from bbfast.errors import BBFastError
+from bbfast.errors import MissingExtraError
 
 __all__ = ["RayPool"]
 
@@ -32,7 +32,7 @@ class RayPool:
         work: What an actor does with a stage.
 
     Raises:
-        BBFastError: if Ray is not installed.
+        MissingExtraError: if Ray is not installed.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RayPool:
         try:
             import ray
         except ImportError as error:
-            raise BBFastError("the executor 'ray' needs Ray: pip install 'bbfast[ray]'") from error
+            raise MissingExtraError("the executor 'ray'", "Ray", "ray") from error
         self._ray: Any = ray
         self._limits, self._root, self._work = limits or Limits(), str(root), work
         self._mine = not ray.is_initialized()

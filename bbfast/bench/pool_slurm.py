@@ -11,7 +11,7 @@ from bbfast.bench.grid import Limits
 from bbfast.bench.outcomes import Outcome
 from bbfast.bench.pool import Ended, Watch, Work, ended_reason
 from bbfast.bench.work import Memory, perform
-from bbfast.errors import BBFastError
+from bbfast.errors import MissingExtraError
 
 __all__ = ["SlurmPool"]
 
@@ -33,7 +33,7 @@ class SlurmPool:
         work: What a job does with its stage.
 
     Raises:
-        BBFastError: if submitit is not installed.
+        MissingExtraError: if submitit is not installed.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class SlurmPool:
         try:
             import submitit
         except ImportError as error:
-            raise BBFastError("the executor 'slurm' needs submitit: pip install 'bbfast[slurm]'") from error
+            raise MissingExtraError("the executor 'slurm'", "submitit", "slurm") from error
         self._limits, self._root, self._slots, self._work = limits or Limits(), str(root), workers, work
         self._executor = submitit.AutoExecutor(folder=str(Path(root) / ".bench" / "jobs"), cluster=cluster)
         asked: dict[str, Any] = {"name": "bbfast"}

@@ -66,7 +66,7 @@ def settings_of(kind: str, name: str) -> list[dict[str, Any]]:
 
 def _settings_class(kind: str, name: str) -> type[MethodConfig] | None:
     found: Any = None
-    if kind in ("attacks", "defenses"):
+    if kind in ("attacks", "defenses", "analysis"):
         found = type(importlib.import_module(f"bbfast.{kind}").create(name)).Config
     elif kind == "datasets":
         from bbfast.data.datasets import DATASETS

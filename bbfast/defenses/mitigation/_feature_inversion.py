@@ -78,7 +78,7 @@ class FeatureInversion:
         labels = images.labels
         self._centres = torch.stack([self.features[labels == c].mean(dim=0) for c in classes.tolist()])
         k = len(classes)
-        made, _ = stack_module_state(generators)  # type: ignore[arg-type]
+        made, _ = stack_module_state(generators)
         self._names = list(made)
         raw = torch.ones(k, *self.features.shape[1:], device=classes.device)
         self._rows = [*(made[name].detach() for name in self._names), raw]
@@ -179,8 +179,9 @@ class FeatureInversion:
             made = self._make(leaves, batch.x)
         image = _mean((made.float() - batch.x).square().flatten(2).mean(dim=2), others)
         ce, success, z = self._mixed(made, batch, None if warm else mask, classes, 0)
-        weights = others[(..., *(None,) * (z.dim() - 2))]
-        count = others.sum(dim=1)[(..., *(None,) * (z.dim() - 2))]
+        extra = (1,) * (z.dim() - 2)
+        weights = others.view(*others.shape, *extra)
+        count = others.sum(dim=1).view(-1, *extra)
         centre = (weights * z).sum(dim=1) / count
         cosine = F.cosine_similarity(centre.flatten(1), self._centres[index].flatten(1), dim=1)
         variance = (weights * (z - centre[:, None]).square()).sum(dim=1) / (count - 1).clamp(min=1)

@@ -159,7 +159,7 @@ class FeatureRE(Defense):
         mask: Tensor = found.masks[order[0]].detach()
         if flips:
             models.add(model, "feature_factor", layer=layer, shape=tuple(mask.shape))
-            model.get_submodule(layer).feature_factor.copy_(1 - 2 * mask)  # type: ignore[union-attr, operator]
+            model.get_submodule(layer).feature_factor.copy_(1 - 2 * mask)  # type: ignore[operator]
         return DefenseResult(
             kind=self.card.kinds[0],
             model=model.eval(),

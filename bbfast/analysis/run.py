@@ -1,0 +1,112 @@
+"""Run a tool on a result: numbers first, then the figure, side by side in one folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bbfast._version import __version__
+from bbfast.analysis.base import Tool, create
+from bbfast.analysis.numbers import Numbers
+from bbfast.analysis.subject import Subject
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from bbfast.attacks import AttackResult
+    from bbfast.defenses import DefenseResult
+
+__all__ = ["AnalysisResult", "run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalysisResult:
+    """What a tool left behind.
+
+    Args:
+        name: Of the tool.
+        figure: ``figure.png``, 200 dots an inch; ``figure.pdf`` lies beside it. None if none was asked for.
+        data: ``numbers.npz``; ``table.csv`` and ``meta.json`` lie beside it.
+        summary: The few figures that are compared across runs.
+        numbers: All of them.
+    """
+
+    name: str
+    figure: Path | None
+    data: Path
+    summary: dict[str, Any]
+    numbers: Numbers
+
+
+def run(
+    name: str | Tool,
+    attack_result: AttackResult | str | Path,
+    defense_result: DefenseResult | str | Path | None = None,
+    out: str | Path = "analysis",
+    *,
+    device: str | torch.device = "auto",
+    figures: bool = True,
+    **options: Any,
+) -> AnalysisResult:
+    """Look at a model with a tool.
+
+    The results are left as they are: the tool has a copy of the model, and torch's random state is restored. The same
+    arguments give the same numbers.
+
+    Args:
+        name: Name or alias of a tool, or a tool with its settings.
+        attack_result: Result of an attack, or its folder.
+        defense_result: Result of a defense of it, or its folder: its model is looked at instead.
+        out: Folder of the figure and the numbers; made if missing, files in it are replaced.
+        device: Where to compute.
+        figures: Draw the figure.
+        **options: Settings of the tool, if it is given by name.
+
+    Raises:
+        UnknownNameError, ConfigError: if there is no such tool, setting or layer.
+        UnsupportedModelError, DataRequirementError: if the tool cannot look at this; before any work.
+        MissingExtraError: if it needs a package that is not installed.
+    """
+    from bbfast.attacks import AttackResult
+    from bbfast.defenses import DefenseResult
+    from bbfast.training.device import resolve_device
+
+    tool = create(name, **options) if isinstance(name, str) else name
+    if not isinstance(name, str) and options:
+        raise TypeError("give either a tool or its settings by name, not both")
+    attack = attack_result if isinstance(attack_result, AttackResult) else AttackResult.load(Path(attack_result))
+    defense = DefenseResult.load(Path(defense_result)) if isinstance(defense_result, str | Path) else defense_result
+    where, folder = resolve_device(device), Path(out)
+    subject = Subject(attack, defense, where, tool.config.seed)
+    tool.check(subject)
+    gpus = [where.index or 0] if where.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.manual_seed(tool.config.seed)
+        started = time.perf_counter()
+        numbers = tool.measure(subject)
+        seconds = time.perf_counter() - started
+    numbers.meta = {
+        **numbers.meta,
+        "tool": tool.name,
+        "options": tool.config.model_dump(mode="json"),
+        "caption": subject.caption(),
+        "class_names": subject.class_names,
+        "seconds": seconds,
+        "device": str(where),
+        "versions": {"bbfast": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+    }
+    data = numbers.save(folder)
+    return AnalysisResult(tool.name, _drawn(tool, numbers, folder) if figures else None, data, numbers.summary, numbers)
+
+
+def _drawn(tool: Tool, numbers: Numbers, folder: Path) -> Path:
+    made: Figure = tool.draw(numbers)
+    # Without a date, so that the same numbers give the same file; the layout settles when it is first drawn.
+    made.savefig(folder / "figure.png", metadata={"Software": None})
+    made.savefig(folder / "figure.pdf", metadata={"CreationDate": None})
+    return folder / "figure.png"

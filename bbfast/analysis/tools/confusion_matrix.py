@@ -1,0 +1,107 @@
+"""Confusion matrix: what each class is taken for, without and with the trigger."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bbfast.analysis.base import Tool, ToolCard, ToolConfig, register_tool
+from bbfast.analysis.numbers import Numbers
+from bbfast.analysis.style import figure
+from bbfast.analysis.subject import Subject
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["ConfusionMatrix", "confusion"]
+
+_TEXT_UP_TO, _WORST = 20, 20
+
+
+def confusion(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
+    """Counts int64 ``[K, K]``: how many of class row were taken for class column."""
+    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+@register_tool("confusion_matrix")
+class ConfusionMatrix(Tool):
+    """Rows are true classes, columns what the model says, for clean and for triggered test images.
+
+    Arrays: ``clean``, ``bd``: int64 ``[K, K]``. Table: recall and precision of each class on clean images, and its
+    share that the trigger turns to the target. A class without images has an empty (grey) row.
+    """
+
+    card = ToolCard(
+        title="Confusion matrix",
+        question="What is each class taken for, without and with the trigger?",
+        deviations=(
+            "Rows are true classes in both matrices; BackdoorBench's are the labels given, so that triggered images "
+            "fill a single row.",
+        ),
+    )
+    Config = ToolConfig
+
+    def measure(self, subject: Subject) -> Numbers:
+        k, names = subject.num_classes, subject.class_names
+        clean, bad = subject.view("clean_test"), subject.view("bd_test")
+        matrices = [confusion(v.labels, subject.logits(v.images).argmax(1), k) for v in (clean, bad)]
+        counts, triggered = (m.double().numpy() for m in matrices)
+        with np.errstate(invalid="ignore"):
+            recall, precision = np.diag(counts) / counts.sum(1), np.diag(counts) / counts.sum(0)
+            turned = _to_target(triggered, bad.labels, bad.given)
+        worst = [
+            {"true": names[i], "predicted": names[j], "count": int(counts[i, j])}
+            for i, j in sorted(np.argwhere(counts > 0).tolist(), key=lambda ij: (-counts[ij[0], ij[1]], ij))
+            if i != j
+        ][:_WORST]
+        return Numbers(
+            arrays={"clean": matrices[0].numpy(), "bd": matrices[1].numpy()},
+            table=[
+                {"class": names[i], "recall": recall[i], "precision": precision[i], "to_target": turned[i]}
+                for i in range(k)
+            ],
+            summary={
+                "accuracy": float(np.diag(counts).sum() / counts.sum()),
+                "asr": float((subject.logits(bad.images).argmax(1) == bad.given).double().mean()),
+                "most_confused": worst,
+            },
+            meta={"target": subject.attack.target},
+        )
+
+    @staticmethod
+    def draw(numbers: Numbers) -> Figure:
+        names = numbers.meta["class_names"]
+        k = len(names)
+        side = 3.2 if k <= _TEXT_UP_TO else 4.4
+        with figure(2 * side + 1.4, side + 0.9, numbers.meta["caption"]) as made:
+            axes = made.subplots(1, 2)
+            for axis, key, title in zip(axes, ("clean", "bd"), ("clean test images", "with trigger"), strict=True):
+                counts = numbers.arrays[key].astype(float)
+                totals = counts.sum(1, keepdims=True)
+                shares = np.ma.masked_where(np.broadcast_to(totals == 0, counts.shape), counts / np.maximum(totals, 1))
+                axis.set_facecolor("#D0D0D0")
+                shown = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+                axis.set(title=title, xlabel="predicted class", ylabel="true class")
+                axis.spines[:].set_visible(True)
+                if k <= _TEXT_UP_TO:
+                    turn = 90 if max(map(len, names)) > 2 else 0
+                    axis.set_xticks(range(k), names, rotation=turn)
+                    axis.set_yticks(range(k), names)
+                    for i, j in np.argwhere(counts > 0).tolist():
+                        dark = shares[i, j] > 0.5
+                        text = f"{shares[i, j]:.2f}".removeprefix("0")
+                        axis.text(j, i, text, ha="center", va="center", fontsize=6.5, color="w" if dark else "k")
+            made.colorbar(shown, ax=axes, label="share of the true class", shrink=0.8)
+        return made
+
+
+def _to_target(counts: np.ndarray, labels: Tensor, wanted: Tensor) -> np.ndarray:
+    """Share of each class's triggered images that is taken for what the attacker wants."""
+    share = np.full(len(counts), np.nan)
+    for label in labels.unique().tolist():
+        target = int(wanted[labels == label][0])
+        share[label] = counts[label, target] / counts[label].sum()
+    return share

@@ -1,0 +1,90 @@
+"""What holds for every tool: the tests loop over the registry, so a new tool is tested by being there."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from bbfast import analysis
+from bbfast.analysis import Numbers
+from bbfast.analysis.base import find
+from bbfast.attacks import AttackResult
+from bbfast.defenses import DefenseResult
+from bbfast.errors import ConfigError, DataRequirementError, UnknownNameError
+
+NAMES = analysis.available()
+QUICK: dict[str, dict[str, Any]] = {}
+"""Settings that make a tool quick on the tests' 200 images; those of a tool that is quick anyhow are its defaults."""
+
+
+def go(name: str, out: Path, attacked: AttackResult, defended: DefenseResult | None = None) -> analysis.AnalysisResult:
+    return analysis.run(name, attacked, defended, out, device="cpu", **QUICK.get(name, {}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_card_and_config(name: str) -> None:
+    facts = analysis.info(name)
+    assert json.loads(json.dumps(facts)) == facts and facts["name"] == name
+    assert facts["question"].endswith("?") and all(text.endswith(".") for text in facts["deviations"])
+    assert find(name).__doc__ and analysis.create(name, **QUICK.get(name, {})).config.seed == 0
+    with pytest.raises(ConfigError, match=f"{name}: unknown setting 'sead'; did you mean seed"):
+        analysis.create(name, sead=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_and_figure(name: str, badnets: AttackResult, tmp_path: Path) -> None:
+    """Files are there, numbers finite or named missing, and the figure comes from the numbers on disk alone."""
+    before = {key: value.clone() for key, value in badnets.model.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in badnets.model.parameters()]
+    torch.manual_seed(5)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # type: ignore[index,union-attr]
+    found = go(name, tmp_path / "a", badnets)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    assert (np.random.get_state()[1] == states[2]).all()  # type: ignore[index]
+    assert all(torch.equal(value, before[key]) for key, value in badnets.model.state_dict().items())
+    assert [parameter.requires_grad for parameter in badnets.model.parameters()] == flags
+    assert not any(module._forward_hooks or module._backward_hooks for module in badnets.model.modules())
+
+    assert found.summary and found.data == tmp_path / "a" / "numbers.npz"
+    back = Numbers.load(tmp_path / "a")
+    assert back.arrays.keys() == found.numbers.arrays.keys() and back.meta["tool"] == name
+    assert "digits, small_cnn, badnets" in back.meta["caption"]
+    for key, array in back.arrays.items():
+        assert array.size and array.dtype != object, key
+    assert found.figure is not None and (tmp_path / "a" / "figure.pdf").stat().st_size > 1000
+    picture = imread(found.figure)
+    assert picture.std() > 0.01 and min(picture.shape[:2]) > 300
+    again = find(name).draw(back)
+    again.savefig(tmp_path / "again.png", metadata={"Software": None})
+    assert (tmp_path / "again.png").read_bytes() == found.figure.read_bytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_twice_and_on_a_defended_model(
+    name: str, badnets: AttackResult, tuned: DefenseResult, tmp_path: Path
+) -> None:
+    first, second = (go(name, tmp_path / str(i), badnets).numbers.arrays for i in range(2))
+    assert first.keys() == second.keys()
+    for key, array in first.items():
+        np.testing.assert_array_equal(array, second[key], err_msg=key)
+    defended = go(name, tmp_path / "defended", badnets, tuned)
+    assert defended.numbers.arrays.keys() >= first.keys() and "ft" in defended.numbers.meta["caption"]
+
+
+def test_names_and_aliases() -> None:
+    assert "confusion_matrix" in NAMES
+    with pytest.raises(UnknownNameError, match="unknown analysis tool 'confusion_matrx'; did you mean"):
+        analysis.create("confusion_matrx")
+
+
+def test_a_defense_without_a_model(badnets: AttackResult, tmp_path: Path) -> None:
+    flagged = DefenseResult(kind="detection", scores=torch.zeros(3), flags=torch.zeros(3, dtype=torch.bool))
+    with pytest.raises(DataRequirementError, match="analysis needs a model, and this defense gave none"):
+        analysis.run("confusion_matrix", badnets, flagged, tmp_path)
