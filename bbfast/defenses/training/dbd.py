@@ -122,7 +122,7 @@ class DBD(Defense):
                     f"dbd fills a batch of semi_batch={cfg.semi_batch} samples with what {what}, but of {n} training "
                     f"samples with label_fraction={cfg.label_fraction} those are {size}"
                 )
-        classifier(view.fresh_model(), self.name)
+        classifier(view.fresh_model(empty=True), self.name)
 
     def run(self, view: DefenderView) -> DefenseResult:
         cfg: DBDConfig = self.config
