@@ -115,6 +115,7 @@ class TestSplit:
         assert split_layer(model, "m") == layer
         assert first_layer(model, "m", (3, 32, 32)) == first
         assert split_layer(model, "m", layer) == layer
+        assert split_layer(model, "m", "stage2") == models.roles(model).names("stage2")[0]
         with pytest.raises(UnsupportedModelError, match="it has no layer 'nowhere'"):
             split_layer(model, "m", "nowhere")
 

@@ -27,7 +27,7 @@ from bbfast.models import build
 MakeAttack = Callable[..., AttackResult]
 MakeView = Callable[..., DefenderView]
 MakeImages = Callable[..., ImageSet]
-QUICK: dict[str, Any] = {"harden_iters": 7, "universal_steps": 3, "first_steps": 4, "next_steps": 2}
+QUICK: dict[str, Any] = {"harden_iters": 7, "universal_iters": 3, "first_iters": 4, "next_iters": 2}
 
 
 def net() -> nn.Module:

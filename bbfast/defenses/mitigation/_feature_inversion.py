@@ -179,9 +179,9 @@ class FeatureInversion:
             made = self._make(leaves, batch.x)
         image = _mean((made.float() - batch.x).square().flatten(2).mean(dim=2), others)
         ce, success, z = self._mixed(made, batch, None if warm else mask, classes, 0)
-        extra = (1,) * (z.dim() - 2)
-        weights = others.view(*others.shape, *extra)
-        count = others.sum(dim=1).view(-1, *extra)
+        ones = (1,) * (z.dim() - 2)
+        weights = others.view(*others.shape, *ones)
+        count = others.sum(dim=1).view(-1, *ones)
         centre = (weights * z).sum(dim=1) / count
         cosine = F.cosine_similarity(centre.flatten(1), self._centres[index].flatten(1), dim=1)
         variance = (weights * (z - centre[:, None]).square()).sum(dim=1) / (count - 1).clamp(min=1)

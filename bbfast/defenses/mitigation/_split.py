@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bbfast.errors import UnsupportedModelError
+from bbfast.models._registry import ROLES
 from bbfast.training.prediction import evaluating
 
 __all__ = ["Split", "first_layer", "split_layer"]
@@ -66,7 +67,7 @@ class Split:
 
 
 def split_layer(model: nn.Module, method: str, layer: str = "last_stage") -> str:
-    """Dotted name of the module at whose end the model is split: ``last_stage`` or a name.
+    """Dotted name of the module at whose end the model is split: ``last_stage``, a stage (``stage3``) or a name.
 
     Raises:
         UnsupportedModelError: if there is no such module.
@@ -74,6 +75,8 @@ def split_layer(model: nn.Module, method: str, layer: str = "last_stage") -> str
     from bbfast.models import roles
 
     found = roles(model)
+    if layer.startswith("stage") and layer in ROLES and found.has(layer):
+        return found.names(layer)[0]
     if layer != "last_stage":
         if not layer or layer not in dict(found.model.named_modules()):
             raise UnsupportedModelError(method, found.label, f"it has no layer {layer!r}", "give a dotted name")

@@ -40,7 +40,7 @@ class BTIDBFConfig(DefenseConfig):
 
     Args:
         variant: ``unlearning`` (U) repairs the model; ``purifier`` (P) leaves it and puts a network in front of it.
-        layer: Where images end and features begin: ``last_stage`` or a dotted name.
+        layer: Where images end and features begin: ``last_stage``, a stage or a dotted name.
         width: Channels of the generators' first block (8 on the digits).
         blocks: Blocks of the generators; fewer where images are too small to be halved as often.
         pretrain_epochs: Passes in which the generator learns the identity.

@@ -41,12 +41,12 @@ class MOTHConfig(DefenseConfig):
         batch_size: Images a step; the size of a smaller hold-out.
         pairs: Pairs of classes hardened at a time, their triggers inverted in one batch; 1 in the paper.
         trigger_lr: Adam's learning rate of triggers.
-        universal_steps: Steps of the inversion of one trigger a class before the hardening (200 on the digits).
+        universal_iters: Steps of the inversion of one trigger a class before the hardening (200 on the digits).
         universal_threshold: Success rate, in 0..1, that such a trigger must reach.
         universal_images: Images a class it is inverted on.
         universal_share: Part of the other classes' images of a batch that carries it in the warm-up.
-        first_steps: Steps of a pair's inversion when it is chosen, or after a failure.
-        next_steps: Steps in the two model steps after that, from the trigger before.
+        first_iters: Steps of a pair's inversion when it is chosen, or after a failure.
+        next_iters: Steps in the two model steps after that, from the trigger before.
         first_cost: Weight of the mask's size at first.
         next_cost: The same in the two steps after.
         pair_threshold: Success rate, in 0..1, that a pair's trigger must reach.
@@ -62,7 +62,7 @@ class MOTHConfig(DefenseConfig):
 
     dataset_defaults: ClassVar[dict[str, dict[str, Any]]] = {
         # Ours, for time: two fifths of the universal steps, a quarter of the hardening.
-        "digits": {"universal_steps": 200, "harden_iters": 200},
+        "digits": {"universal_iters": 200, "harden_iters": 200},
     }
 
     harden_iters: int = Field(782, ge=0)
@@ -71,12 +71,12 @@ class MOTHConfig(DefenseConfig):
     batch_size: int = Field(128, ge=2)
     pairs: int = Field(1, ge=1)
     trigger_lr: float = Field(0.1, gt=0)
-    universal_steps: int = Field(500, ge=1)
+    universal_iters: int = Field(500, ge=1)
     universal_threshold: float = Field(0.99, gt=0, le=1)
     universal_images: int = Field(10, ge=1)
     universal_share: float = Field(0.5, ge=0, le=1)
-    first_steps: int = Field(200, ge=1)
-    next_steps: int = Field(50, ge=1)
+    first_iters: int = Field(200, ge=1)
+    next_iters: int = Field(50, ge=1)
     first_cost: float = Field(1e-3, gt=0)
     next_cost: float = Field(1e-2, gt=0)
     pair_threshold: float = Field(0.9, gt=0, le=1)
@@ -298,7 +298,7 @@ class _Hardening:
         config, k = self.config, self.view.num_classes
         x, labels = self._few()
         problems = universal_problems(x, labels, k)
-        found = self._invert(problems, config.universal_steps, config.first_cost, config.universal_threshold, -1, None)
+        found = self._invert(problems, config.universal_iters, config.first_cost, config.universal_threshold, -1, None)
         classes = torch.arange(k)
         drop = found.loss_drop.cpu().double()
         source, owner = labels[problems.rows].cpu(), problems.owner.cpu()
@@ -334,7 +334,7 @@ class _Hardening:
             index = torch.nonzero(here).flatten()
             carriers: list[tuple[Tensor, Tensor | None]] = []
             if len(index):
-                settings = (config.first_steps, config.first_cost) if fresh else (config.next_steps, config.next_cost)
+                settings = (config.first_iters, config.first_cost) if fresh else (config.next_iters, config.next_cost)
                 problems = pair_problems(batch.x, batch.y, pairs[index])
                 found = self._invert(problems, *settings, config.pair_threshold, step, start[index.to(start.device)])
                 fresh = not bool(found.found.all())
