@@ -18,6 +18,7 @@ from bbfast.attacks.result import AttackResult
 from bbfast.data.imageset import ImageSet
 from bbfast.data.loader import Batch, BatchLoader, derive_seed
 from bbfast.defenses.mitigation import _keep, moth
+from bbfast.defenses.mitigation._distances import Distances
 from bbfast.defenses.mitigation._pair_inversion import PairSettings, PairTriggers, Problems, invert_pairs
 from bbfast.defenses.mitigation.moth import MOTHConfig, pair_problems, universal_problems
 from bbfast.defenses.view import DefenderView
@@ -115,7 +116,7 @@ def test_the_drop_of_the_loss(toy_images: MakeImages) -> None:
 
 
 def test_which_pair() -> None:
-    known = moth._Distances((4, 2, 2), 4)
+    known = Distances((4, 2, 2), 4)
     known.drop[2, 1] = 0.9
     known.drop[0, 3] = known.drop[3, 0] = 0.5
     known.gain[1, 3] = 5.0
@@ -130,7 +131,7 @@ def test_which_pair() -> None:
 
 
 def test_recorded_distances() -> None:
-    known = moth._Distances((4, 2, 2), 3)
+    known = Distances((4, 2, 2), 3)
     known.size[0, 1] = 10.0
     known.gain[0, 1] = 0.5
     pairs = torch.tensor([[0, 1], [1, 0]])
@@ -198,7 +199,7 @@ def test_result_settings_and_errors(toy_attack: MakeAttack, toy_view: MakeView, 
     assert all(len(row["pairs"]) == 4 for row in one.history[1:])
     none = defenses.defend(defenses.create("moth", harden_iters=0), attack, 0.3, device="cpu")
     assert all(torch.equal(v, attack.model.state_dict()[k]) for k, v in none.model.state_dict().items())  # type: ignore[union-attr]
-    assert MOTHConfig().for_dataset("digits").harden_iters == 200
+    assert MOTHConfig().for_dataset("digits").harden_iters == 150
     images = toy_images(40, 4)
     with pytest.raises(DataRequirementError, match=r"moth measures .* has none of class 2"):
         defenses.create("moth").check(toy_view(net(), clean=images.subset(images.labels != 2)))
