@@ -62,7 +62,7 @@ class MOTHConfig(DefenseConfig):
     """
 
     dataset_defaults: ClassVar[dict[str, dict[str, Any]]] = {
-        # Ours: a fifth of the steps, for time, at ten times the rate, as the model was trained at ten times the paper's.
+        # Ours: a fifth of the steps, for time, at ten times the rate: so was the model trained.
         "digits": {"universal_iters": 100, "harden_iters": 150, "lr": 0.01},
     }
 
