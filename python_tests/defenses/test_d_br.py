@@ -350,6 +350,7 @@ def test_nothing_is_unlearned_that_is_forgotten(toy_images: MakeImages) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_it_repairs_the_digits(digits_attack: AttackResult) -> None:
     metrics = defenses.defend("d_br", digits_attack, device="cpu", progress=False).metrics
     assert metrics["asr"] <= 0.15 and metrics["c_acc"] >= metrics["c_acc_before"] - 0.05, metrics

@@ -248,17 +248,19 @@ def test_settings() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["preactresnet18", "vgg19_bn", "convnext_tiny", "vit_b_16"])
 def test_architectures(toy_attack: MakeAttack, name: str) -> None:
-    attack = toy_attack(build(name, 4, 32), n=40, n_test=8, size=(3, 32, 32))
+    attack = toy_attack(build(name, 4, 32), n=20, n_test=8, size=(3, 32, 32))
     attack.metrics = {"c_acc": 0.25, "asr": 0.25, "r_acc": 0.25}
-    small = TINY | {"ssl_epochs": 1, "ssl_batch": 20, "semi_epochs": 1, "semi_iters": 1, "semi_batch": 10}
+    small = TINY | {"ssl_epochs": 1, "ssl_batch": 10, "semi_epochs": 1, "semi_iters": 1, "semi_batch": 4}
     result = defenses.defend(defenses.create("dbd", **small), attack, **CPU)
     assert result.model is not None
     assert all(value.isfinite().all() for value in result.model.state_dict().values())
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_it_costs_the_digits_little(digits_attack: AttackResult) -> None:
     metrics = defenses.defend("dbd", digits_attack, **CPU).metrics
     assert metrics["c_acc"] >= metrics["c_acc_before"] - 0.10, metrics

@@ -224,17 +224,19 @@ def test_settings() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["preactresnet18", "vgg19_bn", "convnext_tiny", "vit_b_16"])
 def test_architectures(toy_attack: MakeAttack, name: str) -> None:
-    attack = toy_attack(build(name, 4, 32), n=40, n_test=8, size=(3, 32, 32))
+    attack = toy_attack(build(name, 4, 32), n=20, n_test=8, size=(3, 32, 32))
     attack.metrics = {"c_acc": 0.25, "asr": 0.25, "r_acc": 0.25}
-    small = {"detect_epochs": 1, "ssl_epochs": 1, "epochs": 1, "detect_batch": 20, "ssl_batch": 20, "batch_size": 20}
+    small = {"detect_epochs": 1, "ssl_epochs": 1, "epochs": 1, "detect_batch": 10, "ssl_batch": 10, "batch_size": 10}
     result = defenses.defend(defenses.create("nab", **small), attack, **CPU)
     assert result.model is not None
     assert all(value.isfinite().all() for value in result.model.state_dict().values())
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_it_repairs_the_digits(digits_attack: AttackResult) -> None:
     metrics = defenses.defend("nab", digits_attack, **CPU).metrics
     assert metrics["asr"] <= 0.15 and metrics["c_acc"] >= metrics["c_acc_before"] - 0.05, metrics
