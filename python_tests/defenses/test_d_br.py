@@ -376,6 +376,7 @@ def test_architectures(toy_images: MakeImages, name: str) -> None:
 # -- on a real backdoor -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_on_digits(digits_attack: AttackResult) -> None:
     """AUROC above 0.8; ranks settle as turns are added (0.95 of the acceptance takes more than four)."""
     method = defenses.create("d_br", rounds=0)

@@ -278,6 +278,7 @@ def test_it_can_be_captured_in_a_graph(toy_images: MakeImages) -> None:
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_it_repairs_the_digits(digits_attack: AttackResult) -> None:
     result = defenses.defend("ft_sam", digits_attack, device="cpu", progress=False)
     assert result.metrics["c_acc"] >= digits_attack.metrics["c_acc"] - 0.05

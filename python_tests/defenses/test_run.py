@@ -394,10 +394,17 @@ def small_settings(name: str) -> dict[str, Any]:
 
 SMALL = ("small_cnn", "preactresnet18")
 LARGE = ("vgg19_bn", "convnext_tiny", "vit_b_16")
+LONG = ("awm", "bti_dbf", "d_br", "feature_re", "moth", "sau")
+"""Methods that take seconds on PreAct-ResNet18 even so."""
+CASES = [
+    pytest.param(name, architecture, marks=[pytest.mark.slow] if architecture in LARGE or long else [])
+    for name in defenses.available("mitigation")
+    for architecture in (*SMALL, *LARGE)
+    for long in [name in LONG and architecture != "small_cnn"]
+]
 
 
-@pytest.mark.parametrize("architecture", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
-@pytest.mark.parametrize("name", defenses.available("mitigation"))
+@pytest.mark.parametrize(("name", "architecture"), CASES)
 def test_every_repair_works_on_every_model_or_refuses(toy_attack: MakeAttack, name: str, architecture: str) -> None:
     """The same keys (more only by an addition) and finite weights, or UnsupportedModelError before any forward pass."""
     torch.manual_seed(0)
