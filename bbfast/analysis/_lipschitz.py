@@ -7,14 +7,17 @@ import itertools
 import logging
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from bbfast import ops
 
-__all__ = ["Pairing", "channel_bounds", "factor", "operator_norm", "paired"]
+__all__ = ["Pairing", "agreement", "channel_bounds", "factor", "operator_norm", "paired"]
 
 _log = logging.getLogger(__name__)
+_FEW = 0.05
+"""Share of the channels in the comparison of the largest bounds with the largest changes."""
 _THROUGH = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
 
 
@@ -139,3 +142,31 @@ def operator_norm(layer: nn.Module, shape: tuple[int, ...], steps: int, generato
         (x,) = torch.autograd.grad(y, x, y.detach())
         x = x.detach()
     return norm
+
+
+def agreement(bounds: dict[str, np.ndarray], tac: dict[str, np.ndarray], names: list[str]) -> dict[str, float]:
+    """Rank correlation over all channels and within layers, and the overlap of the largest few."""
+
+    def ranks(values: np.ndarray) -> np.ndarray:
+        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+        mean: np.ndarray = (np.cumsum(count) - (count - 1) / 2)[place]
+        return mean
+
+    def rho(a: np.ndarray, b: np.ndarray) -> float:
+        if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+            return float("nan")
+        return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+    found = [(bounds[name], tac[name]) for name in names]
+    found = [(a[good], b[good]) for a, b in found for good in [np.isfinite(a) & np.isfinite(b)] if good.any()]
+    if not found:
+        return {}
+    a, b = (np.concatenate(part) for part in zip(*found, strict=True))
+    few = max(1, round(_FEW * len(a)))
+    best = [set(np.argsort(-values, kind="stable")[:few].tolist()) for values in (a, b)]
+    inside = [value for value in (rho(*pair) for pair in found) if np.isfinite(value)]
+    return {
+        "spearman_tac": rho(a, b),
+        "spearman_tac_within_layers": float(np.mean(inside)) if inside else float("nan"),
+        "jaccard_top_5_percent": len(best[0] & best[1]) / len(best[0] | best[1]),
+    }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bbfast.analysis._change import changes
 from bbfast.analysis._layers import channel_layers, joined, log_ticks, split, strip, strip_width
-from bbfast.analysis._lipschitz import channel_bounds, operator_norm, paired
+from bbfast.analysis._lipschitz import agreement, channel_bounds, operator_norm, paired
 from bbfast.analysis.base import Tool, ToolCard, ToolConfig, register_tool
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.style import CLEAN, OTHER, POISONED, figure
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Lipschitz", "LipschitzConfig"]
-
-_FEW = 0.05
-"""Share of the channels in the comparison of the largest bounds with the largest changes."""
 
 
 class LipschitzConfig(ToolConfig):
@@ -103,7 +100,7 @@ class Lipschitz(Tool):
             "pairs": len(pairing.convs),
             "outliers": sum(row["outliers"] for row in table if row["layer"] in scored),
             "channels": sum(row["channels"] for row in table if row["layer"] in scored),
-            **_agreement(both if pairing.convs else alone, tac, scored),
+            **agreement(both if pairing.convs else alone, tac, scored),
         }
         if config.steps:
             with np.errstate(divide="ignore"):
@@ -186,34 +183,6 @@ def _row(name: str, conv: str, bounds: np.ndarray, u: float) -> dict[str, Any]:
         "largest": float(good.max()) if len(good) else float("nan"),
         "outliers": len(out),
         "outlying": " ".join(map(str, out.tolist())),
-    }
-
-
-def _agreement(bounds: dict[str, np.ndarray], tac: dict[str, np.ndarray], names: list[str]) -> dict[str, float]:
-    """Rank correlation over all channels and within layers, and the overlap of the largest few."""
-
-    def ranks(values: np.ndarray) -> np.ndarray:
-        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-        mean: np.ndarray = (np.cumsum(count) - (count - 1) / 2)[place]
-        return mean
-
-    def rho(a: np.ndarray, b: np.ndarray) -> float:
-        if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-            return float("nan")
-        return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
-
-    found = [(bounds[name], tac[name]) for name in names]
-    found = [(a[good], b[good]) for a, b in found for good in [np.isfinite(a) & np.isfinite(b)] if good.any()]
-    if not found:
-        return {}
-    a, b = (np.concatenate(part) for part in zip(*found, strict=True))
-    few = max(1, round(_FEW * len(a)))
-    best = [set(np.argsort(-values, kind="stable")[:few].tolist()) for values in (a, b)]
-    inside = [value for value in (rho(*pair) for pair in found) if np.isfinite(value)]
-    return {
-        "spearman_tac": rho(a, b),
-        "spearman_tac_within_layers": float(np.mean(inside)) if inside else float("nan"),
-        "jaccard_top_5_percent": len(best[0] & best[1]) / len(best[0] | best[1]),
     }
 
 
