@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -81,7 +82,9 @@ class UMAP(Tool):
             raise DataRequirementError(f"umap needs at least {fewest} samples, and {self.config.view} has {found}")
 
     def measure(self, subject: Subject) -> Numbers:
-        import umap
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ImportWarning)  # that its variant for TensorFlow will be missing
+            import umap
         from sklearn.manifold import trustworthiness
 
         config = self.config
