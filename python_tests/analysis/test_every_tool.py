@@ -20,7 +20,11 @@ from bbfast.defenses import DefenseResult
 from bbfast.errors import ConfigError, DataRequirementError, MissingExtraError, UnknownNameError
 
 NAMES = analysis.available()
-QUICK: dict[str, dict[str, Any]] = {}
+QUICK: dict[str, dict[str, Any]] = {
+    "activated_images": {"num_image": 4, "num_neuron": 4},
+    "feature_map": {"channels": 16},
+    "lipschitz": {"n": 50, "steps": 5},
+}
 """Settings that make a tool quick on the tests' 200 images; those of a tool that is quick anyhow are its defaults."""
 
 
