@@ -123,7 +123,7 @@ class ActivationDistribution(Tool):
             top.imshow(picture, aspect="auto", extent=(-0.5, len(layers) - 0.5, 1, 0), interpolation="none")
             kind = "by poisoned share" if meta["options"]["sort"] else "as numbered"
             top.set(ylabel=f"neuron of the layer, {kind}", yticks=[0, 0.25, 0.5, 0.75, 1])
-            note = f", shares +-{100 / m**0.5:.0f} %" if m < _FEW else ""
+            note = f", shares ± {100 / m**0.5:.0f} %" if m < _FEW else ""
             top.set_title(f"classes of each neuron's {m} strongest of {meta['n']} images{note}")
             from matplotlib.patches import Patch
 
