@@ -152,7 +152,8 @@ def draw_embedding(numbers: Numbers, title: str) -> Figure:
     note = f"{numbers.meta['caption']}; {numbers.meta['layer']}, {numbers.meta['components']} components, "
     with figure(6.6, 5.4, f"{note}{len(xy)} samples, {int(bad.sum())} with trigger") as made:
         axis = made.subplots()
-        for label in sorted(present.tolist(), key=lambda c: (-(labels == c).sum(), c)):
+        drawn = sorted(present.tolist(), key=lambda c: (-(labels == c).sum(), c))
+        for label in drawn:
             own, name = (labels == label) & ~bad, _name(numbers, label, names)
             axis.scatter(xy[own, 0], xy[own, 1], s=size, alpha=0.7, lw=0, color=colours[label], label=name)
         axis.scatter(xy[bad, 0], xy[bad, 1], s=size, alpha=0.8, marker="x", lw=0.8, color="k", label="with trigger")
@@ -162,7 +163,7 @@ def draw_embedding(numbers: Numbers, title: str) -> Figure:
         axis.set_xlabel(f"{title} 1")
         axis.set_ylabel(f"{title} 2")
         handles, words = axis.get_legend_handles_labels()
-        order = [*sorted(range(len(words) - 1), key=lambda i: names.index(words[i].split(" (")[0])), len(words) - 1]
+        order = [*sorted(range(len(drawn)), key=drawn.__getitem__), len(drawn)]
         legend = made.legend([handles[i] for i in order], [words[i] for i in order], loc="outside right center")
         for handle in legend.legend_handles:
             if handle is not None:
