@@ -23,7 +23,11 @@ NAMES = analysis.available()
 QUICK: dict[str, dict[str, Any]] = {
     "activated_images": {"num_image": 4, "num_neuron": 4},
     "feature_map": {"channels": 16},
+    "feature_visualization": {"steps": 5, "channels": 8},
+    "hessian": {"n": 24, "probes": 2, "m": 6, "trace_probes": 3},
     "lipschitz": {"n": 50, "steps": 5},
+    "loss_landscape": {"points": 5, "n": 60},
+    "shapley": {"nsamples": 8, "background": 20},
 }
 """Settings that make a tool quick on the tests' 200 images; those of a tool that is quick anyhow are its defaults."""
 
