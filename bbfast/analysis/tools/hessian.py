@@ -155,8 +155,8 @@ class Hessian(Tool):
     @staticmethod
     def draw(numbers: Numbers) -> Figure:
         arrays, summary, counts = numbers.arrays, numbers.summary, numbers.meta["n"]
-        note = f"{numbers.meta['caption']}; {counts[0]} clean, {counts[1]} triggered images, {numbers.meta['probes']}"
-        with figure(7.2, 4.2, f"{note} probes; marks below: largest eigenvalues") as made:
+        note = f"{numbers.meta['caption']}; {counts[0]} clean, {counts[1]} triggered images; "
+        with figure(7.2, 4.2, f"{note}probes: {numbers.meta['probes']}; marks at the top: largest eigenvalues") as made:
             axis = made.subplots()
             known = np.concatenate([arrays[f"ritz_{side}"].ravel() for side, _ in _SIDES])
             widest = float(np.nanmax(np.abs(known)))
@@ -166,7 +166,7 @@ class Hessian(Tool):
                 points, values = density(arrays[f"ritz_{side}"], arrays[f"w_{side}"])
                 most = summary[f"lambda_max_{side}"]
                 axis.plot(points, np.maximum(values, 1e-7), line, color=colour, lw=1.2, label=f"{words}: {most:.4g}")
-                height = 0.02 if side == "clean" else 0.06
+                height = 0.98 if side == "clean" else 0.93
                 mark: dict[str, Any] = {"color": colour, "marker": "|", "ms": 10, "ls": "none", "mew": 1.6}
                 top = arrays[f"top_{side}"]
                 axis.plot(top, np.full(len(top), height), transform=axis.get_xaxis_transform(), **mark)
@@ -175,5 +175,5 @@ class Hessian(Tool):
             axis.set_xscale("symlog", linthresh=max(widest * 1e-3, 1e-9))
             axis.tick_params(axis="x", labelrotation=30)
             axis.set(xlabel="eigenvalue (linear around 0, then logarithmic)", ylabel="density")
-            axis.legend(title="largest eigenvalue")
+            axis.legend(title="largest eigenvalue", loc="upper left")
         return made
