@@ -19,12 +19,11 @@ CPU = torch.device("cpu")
 
 
 def test_activations_rise(strong: AttackResult) -> None:
-    """More than three times what noise gives for nine in ten channels that noise excites at all."""
-    found = FeatureVisualization(steps=40, layer="conv1", l1=0.02, tv=0.02).measure(Subject(strong, None, CPU))
+    """More than three times what noise gives, for nine channels in ten (without much regularisation)."""
+    tool = FeatureVisualization(steps=60, channels=20, n_stat=50, l1=0.02, tv=0.02)
+    found = tool.measure(Subject(strong, None, CPU))
     act, noise = found.arrays["act"], found.arrays["noise"]
-    assert (act > noise).mean() > 0.9
-    # Before its norm a channel may be negative: what counts is how far it rose against where it started.
-    assert (act - noise > 2 * np.abs(noise))[np.abs(noise) > 1e-6].mean() > 0.5
+    assert (act > noise).all() and (act > 3 * noise).mean() > 0.9
     assert found.arrays["img"].dtype == np.uint8 and found.arrays["img"].shape[1:] == (32, 32, 3)
     assert (np.diff(found.arrays["change"]) <= 0).all()
 
