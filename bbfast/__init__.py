@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bbfast._version import __version__
 
 if TYPE_CHECKING:
-    from bbfast import attacks, datasets, defenses, errors, interop, metrics, models, ops, transforms
+    from bbfast import analysis, attacks, bench, datasets, defenses, errors, interop, metrics, models, ops, transforms
     from bbfast.attacks import AttackResult, PoisonedSet, attack
     from bbfast.data import BackdoorSet, DataPair, ImageSet
     from bbfast.defenses import DefenderView, DefenseResult, defend, detect_all
@@ -20,7 +20,19 @@ if TYPE_CHECKING:
     from bbfast.store import Store
     from bbfast.training import Recipe, TrainResult, predict, train
 
-_MODULES = ("attacks", "datasets", "defenses", "errors", "interop", "metrics", "models", "ops", "transforms")
+_MODULES = (
+    "analysis",
+    "attacks",
+    "bench",
+    "datasets",
+    "defenses",
+    "errors",
+    "interop",
+    "metrics",
+    "models",
+    "ops",
+    "transforms",
+)
 _NAMES = {
     "AttackResult": "bbfast.attacks",
     "BackdoorSet": "bbfast.data",
@@ -52,8 +64,10 @@ __all__ = [
     "Store",
     "TrainResult",
     "__version__",
+    "analysis",
     "attack",
     "attacks",
+    "bench",
     "datasets",
     "defend",
     "defenses",
