@@ -24,6 +24,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "activated_images": {"num_image": 4, "num_neuron": 4},
     "feature_map": {"channels": 16},
     "feature_visualization": {"steps": 5, "channels": 8},
+    "frequency_saliency": {"n_stat": 50},
+    "grad_cam": {"n_stat": 50},
     "hessian": {"n": 24, "probes": 2, "m": 6, "trace_probes": 3},
     "lipschitz": {"n": 50, "steps": 5},
     "loss_landscape": {"points": 5, "n": 60},

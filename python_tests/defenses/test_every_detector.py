@@ -27,6 +27,7 @@ CPU = torch.device("cpu")
 LESS: dict[str, dict[str, Any]] = {
     "abl": {"tuning_epochs": 2, "isolation_ratio": 0.05},
     "cd": {"steps": 5},
+    "feature_re": {"width": 4, "warmup_epochs": 1, "epochs": 2},
     "mm_bd": {"steps": 10, "restarts": 2},
     "nc": {"inversion_epochs": 2, "unlearn_epochs": 1},
     "strip": {"overlays": 5},
