@@ -79,7 +79,13 @@ def test_numbers_and_figure(name: str, badnets: AttackResult, tmp_path: Path) ->
     assert (tmp_path / "again.png").read_bytes() == found.figure.read_bytes()
 
 
-@pytest.mark.parametrize("name", NAMES)
+LONG = ("frequency_saliency", "hessian", "lipschitz", "loss_landscape", "shapley", "umap")
+"""Tools of which three runs take seconds even so."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in NAMES]
+)
 def test_the_same_twice_and_on_a_defended_model(
     name: str, badnets: AttackResult, tuned: DefenseResult, tmp_path: Path
 ) -> None:

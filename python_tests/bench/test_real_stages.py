@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from bbfast import Recipe, attacks, datasets
 from bbfast.bench import LocalPool, Plan, grid_rows, run_plan
 from bbfast.bench.outcomes import Outcome
@@ -51,6 +53,7 @@ def test_data_that_are_not_here_fail_and_say_where(plan: MakePlan, tmp_path: Pat
     assert out.status == "failed" and "nowhere.npz" in out.reason and "Traceback" in out.traceback
 
 
+@pytest.mark.slow
 def test_one_flipped_bit_is_found_and_the_attack_made_anew(plan: MakePlan, tmp_path: Path) -> None:
     made, store = plan(**QUICK, device="cpu"), Store(tmp_path)
     only_attack = plan(**{**QUICK, "defenses": ["none"]}, device="cpu")

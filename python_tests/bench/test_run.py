@@ -162,6 +162,7 @@ def test_killed_again_and_again_ends_as_if_never_killed(plan: MakePlan, tmp_path
     assert set(times_made(root).values()) <= {1}, "done to the end twice"
 
 
+@pytest.mark.slow
 def test_two_runners_share_the_work(plan: MakePlan, tmp_path: Path) -> None:
     root = tmp_path / "store"
     both = [runner(root, tmp_path / f"run{i}.py") for i in range(2)]

@@ -396,6 +396,7 @@ def test_not_flagged_means_not_touched(toy_attack: MakeAttack) -> None:
     assert result.metrics["der"] == 0.5 and result.metrics["backdoored"] == 0.0
 
 
+@pytest.mark.slow
 def test_on_the_digits(digits_attack: AttackResult, tmp_path: Path) -> None:
     """A planted 3x3 patch: the smallest mask is the target's, its anomaly above 2, and the model is repaired."""
     target = digits_attack.target
