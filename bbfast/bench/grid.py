@@ -21,21 +21,12 @@ _NONE = (NO_DEFENSE, "no defense", "no_defense")
 _LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_ .,:=%+-]*")
 
 
-class Entry(MethodConfig):
-    """One attack or defense with settings.
-
-    Args:
-        name: As ``bbfast list`` shows it; aliases are taken.
-        settings: Settings of the method, ``set`` in YAML.
-        recipe: Settings of the victim's recipe for this attack alone.
-        label: What rows are called; the name if left out. Two entries of one method need labels that differ.
-    """
+class _Named(MethodConfig):
+    """What is listed by name, and called by its label in tables."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
     name: str
-    settings: dict[str, Any] = Field(default_factory=dict, alias="set")
-    recipe: dict[str, Any] = Field(default_factory=dict)
     label: str = ""
 
     @model_validator(mode="before")
@@ -44,7 +35,7 @@ class Entry(MethodConfig):
         return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _labelled(self) -> Entry:
+    def _labelled(self) -> _Named:
         if not self.label:
             object.__setattr__(self, "label", self.name)
         if not _LABEL.fullmatch(self.label):
@@ -52,33 +43,32 @@ class Entry(MethodConfig):
         return self
 
 
-class DataEntry(MethodConfig):
+class Entry(_Named):
+    """One attack or defense with settings.
+
+    Args:
+        name: As ``bbfast list`` shows it; aliases are taken.
+        label: What rows are called; the name if left out. Two entries of one method need labels that differ.
+        settings: Settings of the method, ``set`` in YAML.
+        recipe: Settings of the victim's recipe for this attack alone.
+    """
+
+    settings: dict[str, Any] = Field(default_factory=dict, alias="set")
+    recipe: dict[str, Any] = Field(default_factory=dict)
+
+
+class DataEntry(_Named):
     """One data set.
 
     Args:
         name: As ``bbfast list datasets`` shows it.
+        label: What rows are called; the name if left out.
         root: Folder (npz: file) that holds it.
         options: Options of the data set.
-        label: What rows are called; the name if left out.
     """
 
-    name: str
     root: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
-    label: str = ""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _plain(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _labelled(self) -> DataEntry:
-        if not self.label:
-            object.__setattr__(self, "label", self.name)
-        if not _LABEL.fullmatch(self.label):
-            raise ValueError(f"label must match {_LABEL.pattern}")
-        return self
 
 
 class Limits(MethodConfig):
