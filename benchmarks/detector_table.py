@@ -28,6 +28,9 @@ DETECTORS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in ("ac", "ss", "scan", "spectre", "agpd", "asset", "abl", "d_br")},
     **{f"{name}, training set": (name, _TRAIN) for name in ("strip", "beatrix", "cd", "freak")},
     **{f"{name}, stream": (name, {"stage": "inference"}) for name in ("strip", "beatrix", "cd", "freak")},
+    # For sets with few test images a class.
+    "beatrix, 10 a class, training set": ("beatrix", {**_TRAIN, "reserve_per_class": 10}),
+    "beatrix, 10 a class, stream": ("beatrix", {"stage": "inference", "reserve_per_class": 10}),
     **{name: (name, {}) for name in ("scale_up", "ibd_psc", "sentinet", "teco", "mm_bd", "nc")},
 }
 """Label to method and settings. Methods that go on to mitigate only detect."""

@@ -6,6 +6,7 @@ from bbfast.bench.compare import compare, load_published
 from bbfast.bench.gc import Garbage, find_garbage, remove_garbage
 from bbfast.bench.grid import Grid, load_grid
 from bbfast.bench.index import Index
+from bbfast.bench.kept import kept_grids
 from bbfast.bench.outcomes import Outcome
 from bbfast.bench.plan import Cell, Plan, Task, make_plan
 from bbfast.bench.pool import LocalPool, Pool
@@ -29,6 +30,7 @@ __all__ = [
     "compare",
     "find_garbage",
     "grid_rows",
+    "kept_grids",
     "load_grid",
     "load_published",
     "local_pool",

@@ -8,12 +8,13 @@ import json
 import os
 import uuid
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal
 
 from bbfast.errors import ArtifactError
 from bbfast.store import Store
 
-__all__ = ["Book", "Outcome", "Status"]
+__all__ = ["Book", "Outcome", "Status", "write_whole"]
 
 Status = Literal["done", "failed", "not_applicable", "damaged"]
 _KEPT = ("done", "failed", "not_applicable")
@@ -78,16 +79,25 @@ class Book:
         Raises:
             ArtifactError: if the store cannot be written to.
         """
-        temporary = self._folder / f".{key}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
         text = json.dumps(dataclasses.asdict(outcome), sort_keys=True)
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, self._folder / f"{key}.json")
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise ArtifactError(
-                f"cannot write to {self._folder}: {error.strerror}; free some space, or choose a store that may be "
-                "written to"
-            ) from error
+        write_whole(self._folder / f"{key}.json", text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all; its folder is made.
+
+    Raises:
+        ArtifactError: if it cannot be written.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise ArtifactError(
+            f"cannot write to {path.parent}: {error.strerror}; free some space, or choose a store that may be "
+            "written to"
+        ) from error

@@ -24,7 +24,7 @@ METRICS = ("c_acc", "asr", "r_acc", "der", "rir", "tpr", "fpr", "auroc")
 _COSTS = ("seconds", "peak_memory_bytes")
 
 
-def grid_rows(plan: Plan, store: Store, *, costs: bool = False) -> list[dict[str, Any]]:
+def grid_rows(plan: Plan, store: Store, *, costs: bool = False, folders: bool = False) -> list[dict[str, Any]]:
     """Every cell of a grid: its place, how it stands, and its figures.
 
     ``status`` is ``done``, ``failed``, ``not_applicable``, ``blocked`` (its attack failed) or ``missing``; ``reason``
@@ -35,6 +35,7 @@ def grid_rows(plan: Plan, store: Store, *, costs: bool = False) -> list[dict[str
         plan: The grid's plan.
         store: Where it ran.
         costs: Add seconds and memory, which differ from run to run.
+        folders: Add ``folder``, where the result lies; empty if there is none.
     """
     known = Book(store).read_all(plan.tasks)
     kept = (*METRICS, *(_COSTS if costs else ()))
@@ -55,7 +56,8 @@ def grid_rows(plan: Plan, store: Store, *, costs: bool = False) -> list[dict[str
                     status, reason = "missing", damaged.get(outcome.folder, "its result is gone")
             elif parent is not None and parent in known and known[parent].status == "failed":
                 status, reason = "blocked", known[parent].reason
-        rows.append({**row, "status": status, "reason": reason, **{key: figures.get(key) for key in kept}})
+        where = {"folder": figures.get("folder", "")} if folders else {}
+        rows.append({**row, "status": status, "reason": reason, **where, **{key: figures.get(key) for key in kept}})
     return rows
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bbfast._progress import bar
+from bbfast.bench.kept import keep_grid
 from bbfast.bench.outcomes import Book, Outcome
 from bbfast.bench.plan import Plan, Task
 from bbfast.bench.pool import Ended, LocalPool, Pool
@@ -124,6 +125,7 @@ def run_plan(
         KeyboardInterrupt: when interrupted; the workers are ended, their checkpoints stay.
     """
     book, clock = Book(store), time.monotonic()
+    keep_grid(store, plan.grid)
     desk = _Desk(plan, book.read_all(plan.tasks), retry_failed)
     try:
         with bar(plan.grid.name, len(plan.tasks), progress, done=desk.over) as shown:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-__all__ = ["anomaly_bars", "loss_curve", "rate_curves"]
+__all__ = ["anomaly_bars", "loss_curve", "progress_curve", "rate_curves", "score_histogram"]
 
 # Placeholder -> what the page defines. Lower-case hex, as Matplotlib writes it.
 _INK, _LINE, _BLUE, _ORANGE, _GREEN = "#010203", "#020304", "#030405", "#040506", "#050607"
@@ -55,9 +56,60 @@ def rate_curves(history: Sequence[Mapping[str, float]]) -> str | None:
             return None
         axes.set_ylim(-3, 103)
         axes.set_title("Test set, per cent", loc="left", color=_INK)
-        axes.legend(frameon=False, loc="lower right", labelcolor=_INK)
+        axes.legend(frameon=False, loc="best", labelcolor=_INK)
         _plain(axes, "epoch")
         return _svg(figure, "rates", "Clean accuracy and attack success rate over the epochs")
+
+
+def progress_curve(history: Sequence[Mapping[str, float]]) -> str | None:
+    """A defense's loss over its epochs or steps, whichever it counted; None if it kept no loss."""
+    if any("epoch" in record for record in history):
+        return loss_curve([record for record in history if record.get("epoch") is not None])
+    across = next((key for key in ("steps", "step", "round") if any(key in record for record in history)), None)
+    if across is None:
+        return None
+    # The shared line counts from 0.
+    counted = [{**record, "epoch": record[across] - 1} for record in history if record.get(across) is not None]
+    with _drawing() as figure:
+        axes = figure.subplots()
+        if not _line(axes, counted, "loss", _GREEN, "loss", 1.0):
+            return None
+        axes.set_title("Loss", loc="left", color=_INK)
+        _plain(axes, across.rstrip("s"))
+        return _svg(figure, "loss", "Loss of the defense over its steps")
+
+
+def score_histogram(scores: Sequence[float], poisoned: Sequence[bool], threshold: float | None = None) -> str | None:
+    """How a detector's scores of clean and of poisoned samples lie; None if there are none of a kind.
+
+    Args:
+        scores: Higher is more suspicious; NaN (not scored) is left out.
+        poisoned: Which samples are.
+        threshold: Drawn as a line, if there is one for all samples.
+    """
+    kept = [(value, bad) for value, bad in zip(scores, poisoned, strict=True) if math.isfinite(value)]
+    clean, bad = [v for v, is_bad in kept if not is_bad], [v for v, is_bad in kept if is_bad]
+    if not clean or not bad:
+        return None
+    low, high = min(v for v, _ in kept), max(v for v, _ in kept)
+    if low == high:
+        return None
+    edges = [low + (high - low) * i / 40 for i in range(41)]
+    with _drawing() as figure:
+        axes = figure.subplots()
+        for values, colour, label in (
+            (clean, _BLUE, f"clean ({len(clean)})"),
+            (bad, _ORANGE, f"poisoned ({len(bad)})"),
+        ):
+            share = [100 / len(values)] * len(values)
+            axes.hist(values, bins=edges, weights=share, color=colour, alpha=0.55, label=label)
+        if threshold is not None and low <= threshold <= high:
+            axes.axvline(threshold, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="threshold")
+        axes.set_title("Scores of the training samples, per cent of their kind", loc="left", color=_INK)
+        axes.legend(frameon=False, labelcolor=_INK)
+        _plain(axes, "score")
+        axes.xaxis.set_major_locator(_few_ticks())
+        return _svg(figure, "scores", "Histogram of the detector's scores of clean and of poisoned samples")
 
 
 def anomaly_bars(
@@ -101,7 +153,13 @@ def _drawing() -> Iterator[Figure]:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": "bbfast", "font.size": 9.0, "axes.titlesize": 9.5}
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "bbfast",
+            "font.size": 9.0,
+            "axes.titlesize": 9.5,
+            "text.parse_math": False,  # a class may be called "$x"
+        }
     ):
         yield Figure(figsize=_SIZE, layout="constrained")
 
@@ -136,6 +194,12 @@ def _plain(axes: Axes, xlabel: str) -> None:
     axes.tick_params(colors=_INK, length=0)
     axes.set_xlabel(xlabel, color=_INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+
+
+def _few_ticks() -> MaxNLocator:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=6)
 
 
 def _svg(figure: Figure, prefix: str, description: str) -> str:

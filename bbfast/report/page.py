@@ -6,19 +6,15 @@ Everything is escaped by the template.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from jinja2 import Template
+from bbfast.report._templates import render as render_template
+from bbfast.report._templates import write_text
 
-__all__ = ["METRICS", "Column", "Example", "Picture", "Row", "RunPage", "render", "write"]
+__all__ = ["METRICS", "Analysis", "Column", "Example", "Link", "Picture", "Row", "RunPage", "render", "write"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +45,17 @@ METRICS = (
 
 
 @dataclass(frozen=True)
+class Link:
+    """Words that lead somewhere, relative to the page."""
+
+    title: str
+    href: str
+
+
+@dataclass(frozen=True)
 class Row:
-    """One line of the table; metrics are fractions by the key of their column, those that do not apply are left out."""
+    """One line of the table; metrics are fractions by the key of their column, those that do not apply are left out.
+    ``href`` leads to a page of its own."""
 
     name: str
     title: str
@@ -58,6 +63,7 @@ class Row:
     metrics: Mapping[str, float | None]
     seconds: float
     reused: bool = False
+    href: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,17 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Analysis:
+    """What an analysis tool found: its figure (a file beside the page), what it asks and says, its files of numbers."""
+
+    title: str
+    question: str
+    image: str
+    said: str
+    files: Sequence[Link] = ()
+
+
+@dataclass(frozen=True)
 class RunPage:
     """Everything on the page.
 
@@ -93,6 +110,9 @@ class RunPage:
         settings: Titled groups of settings.
         commands: Command lines that give the same results.
         facts: Where, when and with what it was made.
+        path: The pages above this one, for the line over the title.
+        charts_title: Headline of ``charts``.
+        analyses: What analysis tools found.
     """
 
     title: str
@@ -105,63 +125,17 @@ class RunPage:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     commands: Sequence[str] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
+    path: Sequence[Link] = ()
+    charts_title: str = "Training"
+    analyses: Sequence[Analysis] = ()
 
 
 def render(page: RunPage) -> str:
     """The page as HTML."""
     used = [c for c in METRICS if any(row.metrics.get(c.key) is not None for row in page.rows)]
-    return _template().render(page=page, columns=used)
+    return render_template("run.html.j2", page=page, columns=used)
 
 
 def write(page: RunPage, path: Path) -> Path:
     """Write the page to ``path``, whole or not at all; a page already there is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(render(page))
-        # mkstemp makes the file private; a page is to be shown to others as the user's other files are.
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-    return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-@lru_cache(maxsize=1)
-def _template() -> Template:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("bbfast.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = _percent
-    environment.filters["words"] = _words
-    return environment.get_template("run.html.j2")
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None or value != value else f"{100 * value:.2f}"
-
-
-def _words(value: Any) -> str:
-    """A setting as text: lists with commas, nothing for None."""
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_words, value)) or "none"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k} = {_words(v)}" for k, v in value.items()) or "none"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "none" if value is None else str(value)
+    return write_text(path, render(page))

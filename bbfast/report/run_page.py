@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from bbfast.attacks import AttackResult
     from bbfast.defenses import DefenseResult
 
-__all__ = ["Finished", "attack_row", "defense_row", "run_page"]
+__all__ = ["Finished", "attack_row", "defense_row", "lead", "run_page"]
 
 _EXAMPLES = 6
 _NC_THRESHOLD = 2.0
@@ -54,7 +54,9 @@ def defense_row(done: Finished) -> Row:
     """A defense's line of the table."""
     from bbfast import defenses
 
-    title = str(defenses.info(done.name)["title"])
+    title = done.name
+    with contextlib.suppress(UnknownNameError):
+        title = str(defenses.info(done.name)["title"])
     return Row(done.name, title, done.result.kind, done.result.metrics, done.result.seconds, done.reused)
 
 
@@ -66,6 +68,7 @@ def run_page(
     remarks: Sequence[str] = (),
     commands: Sequence[str] = (),
     facts: Mapping[str, str] | None = None,
+    charts: Sequence[str | None] | None = None,
 ) -> RunPage:
     """The page of an attack and the defenses tried on it.
 
@@ -76,6 +79,7 @@ def run_page(
         remarks: Sentences under the table.
         commands: Command lines that give the same results.
         facts: Where, when and with what it was made.
+        charts: Instead of those of the attack's training; None stands for one that could not be drawn.
     """
     rows = [attack_row(attack, reused), *map(defense_row, defenses)]
     config = attack.config
@@ -85,10 +89,10 @@ def run_page(
         "Training": config["recipe"] or {},
         **{f"Defense: {done.name}": done.result.config.get("defense_config", {}) for done in defenses},
     }
-    charts = [loss_curve(attack.history), rate_curves(attack.history)]
+    charts = [loss_curve(attack.history), rate_curves(attack.history)] if charts is None else charts
     return RunPage(
         title=f"{rows[0].title} on {config['data']['name']}",
-        lead=_lead(rows),
+        lead=lead(rows),
         rows=rows,
         remarks=remarks,
         examples=_examples(attack),
@@ -100,7 +104,7 @@ def run_page(
     )
 
 
-def _lead(rows: Sequence[Row]) -> str:
+def lead(rows: Sequence[Row]) -> str:
     """What came out, in two sentences, from the figures alone."""
     attack, *defenses = rows
     text = (

@@ -50,7 +50,7 @@ def test_lost_outcomes_are_found_again_in_the_store(plan: MakePlan, tmp_path: Pa
     made = plan()
     go(made, tmp_path)
     first = to_csv(grid_rows(made, Store(tmp_path)))
-    for path in (tmp_path / ".bench").iterdir():
+    for path in (tmp_path / ".bench").glob("*.json"):
         path.write_text("{" if path.name < "8" else "[]")
     (tmp_path / "index.sqlite").write_bytes(b"no database")
     assert go(made, tmp_path).begun == 6
