@@ -341,6 +341,7 @@ def test_reference_mode_trains(context: AttackContext, make_set) -> None:
 # Digits ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_even_a_rough_injector_makes_a_backdoor(context: AttackContext) -> None:
     data = bbfast.datasets.load("digits")
     attack = create("poison_ink", **{**TINY, "encoder_batch_size": 128}, stages=("rot",))

@@ -271,6 +271,7 @@ def test_ranking_keeps_the_best_and_is_kept(tmp_path: Path, monkeypatch: pytest.
     assert torch.equal(whole.tensors["reflections"], pool)
 
 
+@pytest.mark.slow
 def test_backdoor_is_learned_on_digits() -> None:
     attack = attacks.create("refool", compat="reference")  # the benchmark's strong reflections
     result = attacks.attack(attack, datasets.load("digits"), "small_cnn", "quick", device="cpu", progress=False)

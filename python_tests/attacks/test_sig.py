@@ -103,6 +103,7 @@ def test_gradients_reach_the_image() -> None:
     assert x.grad is not None and torch.equal(x.grad, torch.ones_like(x))
 
 
+@pytest.mark.slow
 def test_backdoor_is_learned_on_digits() -> None:
     """Settings with which it is learned: that depends on the target class (0: no, 8: yes) and on delta_test."""
     attack = attacks.create("sig", ratio=0.08, target=8, delta_test=80)

@@ -161,6 +161,7 @@ def test_bad_settings(setting: str, value: object) -> None:
         attacks.create("trojannn", compat="reference", opacity=0.5)
 
 
+@pytest.mark.slow
 def test_works_on_digits(tmp_path: Path) -> None:
     data = bbfast.datasets.load("digits")
     recipe = bbfast.Recipe.preset("quick", dataset="digits", model="small_cnn", epochs=8)

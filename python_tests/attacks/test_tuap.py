@@ -167,6 +167,7 @@ def test_bad_settings(settings: dict[str, object], message: str) -> None:
         attacks.create("tuap", **settings)
 
 
+@pytest.mark.slow
 def test_works_on_digits(tmp_path: Path) -> None:
     """At the bound for digits (76/255): 10/255 cannot move a network on black and white images."""
     data = bbfast.datasets.load("digits")
