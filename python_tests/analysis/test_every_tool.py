@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -12,12 +13,12 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from bbfast import analysis
+from bbfast import analysis, models
 from bbfast.analysis import Numbers
 from bbfast.analysis.base import find
 from bbfast.attacks import AttackResult
 from bbfast.defenses import DefenseResult
-from bbfast.errors import ConfigError, DataRequirementError, MissingExtraError, UnknownNameError
+from bbfast.errors import ConfigError, DataRequirementError, MissingExtraError, UnknownNameError, UnsupportedModelError
 
 NAMES = analysis.available()
 QUICK: dict[str, dict[str, Any]] = {
@@ -107,3 +108,40 @@ def test_a_defense_without_a_model(badnets: AttackResult, tmp_path: Path) -> Non
     flagged = DefenseResult(kind="detection", scores=torch.zeros(3), flags=torch.zeros(3, dtype=torch.bool))
     with pytest.raises(DataRequirementError, match="analysis needs a model, and this defense gave none"):
         analysis.run("confusion_matrix", badnets, flagged, tmp_path)
+
+
+LARGE = ("preactresnet18", "vgg19_bn", "convnext_tiny", "vit_b_16")
+FEW: dict[str, dict[str, Any]] = {
+    "feature_visualization": {"steps": 2, "channels": 2},
+    "frequency_saliency": {"n_stat": 4},
+    "grad_cam": {"n_stat": 4},
+    "hessian": {"n": 4, "probes": 1, "m": 2, "trace_probes": 1},
+    "lipschitz": {"n": 4, "steps": 2},
+    "loss_landscape": {"points": 3, "n": 4},
+    "shapley": {"nsamples": 2, "background": 4},
+}
+"""For networks of which one forward pass over the tests' images takes minutes."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "umap"])  # tsne's features, but of 35 images
+@pytest.mark.parametrize("model", LARGE)
+def test_the_papers_models(model: str, name: str, badnets: AttackResult, tmp_path: Path) -> None:
+    """Of any weights: a tool works on it, or refuses it by name before any work."""
+    network = models.build(model, 10, (3, 32, 32))
+    test, bad = badnets.test, badnets.backdoor_test
+    chosen = bad.ids[:6]
+    small = dataclasses.replace(
+        badnets,
+        model=network.eval(),
+        test=test.subset(torch.isin(test.ids, chosen).nonzero().flatten()),
+        backdoor_test=bad.subset(torch.arange(6)),
+    )
+    try:
+        found = analysis.run(name, small, None, tmp_path, device="cpu", **{**QUICK, **FEW}.get(name, {}))
+    except UnsupportedModelError as error:
+        assert name in str(error)
+        assert not any(tmp_path.iterdir())
+        return
+    assert found.summary and found.figure is not None and imread(found.figure).std() > 0.01

@@ -1,0 +1,97 @@
+"""Every analysis tool on an attacked and on a repaired model: the pictures of docs/gallery.md, and any others.
+
+    python benchmarks/gallery.py --out docs
+    python benchmarks/gallery.py --out runs/look --dataset npz --root gtsrb_small.npz --data normalize=gtsrb \\
+        --attack blended --epochs 60 --model preactresnet18 --tools hessian grad_cam
+
+Writes ``gallery.md`` and small pictures under ``gallery/``. Runs and full figures are kept in ``--store``, and found there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from PIL import Image
+
+from bbfast import analysis, attacks, datasets, defenses
+from bbfast.analysis import AnalysisResult
+from bbfast.analysis.run import run
+from bbfast.attacks import AttackResult
+from bbfast.bench.stages import Made, attack_stage, defense_stage, recipe_for
+from bbfast.cli._options import parse_settings
+from bbfast.defenses import DefenseResult
+from bbfast.errors import BBFastError
+from bbfast.store import Store
+
+WIDTH = 1000  # pixels of a picture in the documentation
+COLOURS = 128
+
+
+def shrink(figure: Path, out: Path) -> None:
+    """A small copy with few colours: line drawings do not suffer, and a page of them stays light."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with Image.open(figure) as image:
+        height = round(image.height * WIDTH / image.width)
+        small = image.convert("RGB").resize((WIDTH, height), Image.Resampling.LANCZOS)
+        small.quantize(COLOURS, dither=Image.Dither.NONE).save(out, optimize=True)
+
+
+def said(found: AnalysisResult) -> str:
+    numbers = [(k, v) for k, v in found.summary.items() if isinstance(v, int | float) and not isinstance(v, bool)]
+    return ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in numbers[:6])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--store", type=Path, default=Path("runs/gallery"))
+    parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--root", type=Path)
+    parser.add_argument("--data", nargs="*", default=[], help="options of the data set, KEY=VALUE")
+    parser.add_argument("--attack", default="badnets")
+    parser.add_argument("--defense", default="nc")
+    parser.add_argument("--model", default="small_cnn")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--tools", nargs="+", choices=analysis.available(), default=analysis.available())
+    given = parser.parse_args()
+
+    store, data = Store(given.store), datasets.load(given.dataset, given.root, **parse_settings(given.data, "--data"))
+    attack = attacks.create(given.attack, ratio=0.1)
+    recipe = recipe_for(attack, "quick", data.name, given.model).replace(epochs=given.epochs, lr=given.lr)
+    attacked: Made[AttackResult] = attack_stage(store, attack, data, given.model, recipe, say=print)
+    repaired: Made[DefenseResult] = defense_stage(store, defenses.create(given.defense), attacked.result, say=print)
+
+    lines = [
+        "# Gallery",
+        "",
+        f"Every analysis tool on {given.attack} ({data.name}, {given.model}, 10 % poisoned, seed 0; C-Acc "
+        f"{100 * attacked.result.metrics['c_acc']:.1f}, ASR {100 * attacked.result.metrics['asr']:.1f}), left or above, and on "
+        f"the same model after {given.defense} (C-Acc {100 * repaired.result.metrics['c_acc']:.1f}, ASR "
+        f"{100 * repaired.result.metrics['asr']:.1f}). Made by `benchmarks/gallery.py`; what to read in each is in "
+        "[Analysis](analysis.md).",
+    ]
+    for name in given.tools:
+        card = analysis.info(name)
+        lines += ["", f"## {card['title']}", "", str(card["question"])]
+        for label, result, folder in (
+            ("attacked", None, attacked.folder),
+            (f"after {given.defense}", repaired.result, repaired.folder),
+        ):
+            try:
+                found = run(name, attacked.result, result, store.root / "analysis" / folder.name / name)
+            except BBFastError as error:
+                lines += ["", f"{label}: {error}"]
+                print(f"{name}, {label}: {error}", flush=True)
+                continue
+            assert found.figure is not None
+            picture = Path("gallery") / f"{name}-{'attacked' if result is None else given.defense}.png"
+            shrink(found.figure, given.out / picture)
+            lines += ["", f"![{card['title']}, {label}: {said(found)}]({picture})", "", f"*{label}: {said(found)}*"]
+            print(f"{name}, {label}: {found.numbers.meta['seconds']:.1f} s, {said(found)}", flush=True)
+    (given.out / "gallery.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
