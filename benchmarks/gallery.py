@@ -4,13 +4,14 @@
     python benchmarks/gallery.py --out runs/look --dataset npz --root gtsrb_small.npz --data normalize=gtsrb \\
         --attack blended --epochs 60 --model preactresnet18 --tools hessian grad_cam
 
-Writes ``gallery.md`` and small pictures under ``gallery/``. Runs and full figures are kept in ``--store``, and found there.
+Writes ``gallery.md`` and small pictures under ``gallery/``. Runs and full figures are kept in ``--store``.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -42,6 +43,12 @@ def said(found: AnalysisResult) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in numbers[:6])
 
 
+def rates(made: Made[Any]) -> str:
+    return ", ".join(
+        f"{name} {100 * made.result.metrics[key]:.1f}" for key, name in (("c_acc", "C-Acc"), ("asr", "ASR"))
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -66,11 +73,9 @@ def main() -> None:
     lines = [
         "# Gallery",
         "",
-        f"Every analysis tool on {given.attack} ({data.name}, {given.model}, 10 % poisoned, seed 0; C-Acc "
-        f"{100 * attacked.result.metrics['c_acc']:.1f}, ASR {100 * attacked.result.metrics['asr']:.1f}), left or above, and on "
-        f"the same model after {given.defense} (C-Acc {100 * repaired.result.metrics['c_acc']:.1f}, ASR "
-        f"{100 * repaired.result.metrics['asr']:.1f}). Made by `benchmarks/gallery.py`; what to read in each is in "
-        "[Analysis](analysis.md).",
+        f"Every analysis tool on {given.attack} ({data.name}, {given.model}, 10 % poisoned, seed 0; {rates(attacked)}), and "
+        f"on the same model after {given.defense} ({rates(repaired)}). What to read in each is in [Analysis](analysis.md); "
+        "`benchmarks/gallery.py` makes them.",
     ]
     for name in given.tools:
         card = analysis.info(name)
