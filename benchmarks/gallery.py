@@ -73,9 +73,9 @@ def main() -> None:
     lines = [
         "# Gallery",
         "",
-        f"Every analysis tool on {given.attack} ({data.name}, {given.model}, 10 % poisoned, seed 0; {rates(attacked)}), and "
-        f"on the same model after {given.defense} ({rates(repaired)}). What to read in each is in [Analysis](analysis.md); "
-        "`benchmarks/gallery.py` makes them.",
+        f"Every analysis tool on {given.attack} ({data.name}, {given.model}, 10 % poisoned, seed 0; "
+        f"{rates(attacked)}), and on the same model after {given.defense} ({rates(repaired)}). What to read in each is "
+        "in [Analysis](analysis.md); `benchmarks/gallery.py` makes them.",
     ]
     for name in given.tools:
         card = analysis.info(name)
