@@ -2,8 +2,8 @@
 
 A folder holds
 
-- ``manifest.json``: format version, kind, library and torch version, time, and size and SHA-256 of every other file; it
-  carries its own checksum;
+- ``manifest.json``: format version, kind, library version and commit, torch version, time, and size and SHA-256 of
+  every other file; it carries its own checksum;
 - ``config.json``: how the result was made; ``metrics.json``: what came out; ``extra.json`` (optional): anything else;
 - ``log.jsonl`` (optional): one line per epoch;
 - ``<stem>.safetensors``: tensors, memory-mapped when read. There is no pickle anywhere.
@@ -43,7 +43,7 @@ from bbfast._artifact_read import (
     read_manifest,
 )
 from bbfast._hashing import sha256_file, to_json
-from bbfast._version import __version__
+from bbfast._version import __version__, commit
 from bbfast.errors import ArtifactError
 
 __all__ = ["FORMAT_VERSION", "Artifact", "exists", "read", "read_manifest", "write"]
@@ -129,6 +129,7 @@ def _manifest(temp: Path, kind: str, meta: Any) -> bytes:
         "format_version": FORMAT_VERSION,
         "kind": kind,
         "bbfast": __version__,
+        "commit": commit(),
         "torch": torch.__version__,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "meta": meta,

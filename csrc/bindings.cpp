@@ -56,6 +56,7 @@ py::dict build_info() {
   const std::string cuda = BBFAST_CUDA_VERSION;
   py::dict info;
   info["version"] = BBFAST_VERSION;
+  info["commit"] = BBFAST_COMMIT;
   info["compiler"] = compiler();
   info["built_with_torch"] = BBFAST_TORCH_VERSION;
   info["runs_with_torch"] = ">=2.10";
@@ -71,6 +72,6 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native core of bbfast: registers torch.ops.bbfast.* when imported.";
-  m.def("build_info", &build_info, "Version, compiler, CUDA version and architectures, vector instructions, kernels.");
+  m.def("build_info", &build_info, "Version, commit, compiler, CUDA version and architectures, vector instructions, kernels.");
   m.def("kernels", [] { return split(BBFAST_OPS); }, "Names of the operators compiled in, sorted.");
 }

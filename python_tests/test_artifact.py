@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from bbfast import _atomic, artifact
 from bbfast._artifact_read import manifest_checksum
 from bbfast._hashing import from_json, to_json
+from bbfast._version import __version__, commit
 from bbfast.errors import ArtifactError, CorruptArtifactError, NewerFormatError
 
 PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -90,6 +91,7 @@ class TestRoundTrip:
         manifest = artifact.read_manifest(folder)
         assert manifest["format_version"] == artifact.FORMAT_VERSION == 1
         assert manifest["torch"] == torch.__version__ and manifest["meta"] == {"key": "abc"}
+        assert manifest["bbfast"] == __version__ and manifest["commit"] == commit()
         others = {p.name: p.stat().st_size for p in folder.iterdir() if p.name != "manifest.json"}
         assert {name: entry["size"] for name, entry in manifest["files"].items()} == others
         assert all(len(entry["sha256"]) == 64 for entry in manifest["files"].values())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bbfast._version import __version__
+from bbfast._record import versions
 from bbfast.analysis.base import Tool, create
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.subject import Subject
@@ -98,7 +97,7 @@ def run(
         "class_names": subject.class_names,
         "seconds": seconds,
         "device": str(where),
-        "versions": {"bbfast": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        "versions": versions(),
     }
     data = numbers.save(folder)
     return AnalysisResult(tool.name, _drawn(tool, numbers, folder) if figures else None, data, numbers.summary, numbers)

@@ -67,6 +67,7 @@ class Attack(ABC):
 
     Class attributes:
         name: Registered name.
+        version: Raised when a change of the method changes its results: they are then found by other keys.
         card: Facts.
         Config: Settings class.
         fits_data: True if the trigger is made from the training images, not from their size alone;
@@ -82,6 +83,7 @@ class Attack(ABC):
     """
 
     name: ClassVar[str] = ""
+    version: ClassVar[int] = 1
     card: ClassVar[Card]
     Config: ClassVar[type[AttackConfig]] = AttackConfig
     fits_data: ClassVar[bool] = False

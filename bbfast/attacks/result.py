@@ -40,7 +40,7 @@ class AttackResult:
         metrics: ``c_acc``, ``asr``, ``r_acc`` (fractions), ``seconds``, ``seconds_per_epoch``; ``cross_acc`` and
             ``leak`` where the attack has them.
         config: ``attack``, ``attack_config``, ``attack_files``, ``model``, ``recipe``, ``data``, ``seed``,
-            ``versions``.
+            ``device``, ``versions``.
         history: One row of figures an epoch.
         trigger_state: Parameters of the trigger, from :meth:`Attack.state`.
     """

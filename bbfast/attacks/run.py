@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bbfast._version import __version__
+from bbfast._record import versions
 from bbfast.attacks.base import Attack, registry
 from bbfast.attacks.poisoning import LabelRule, PoisonedSet, Role, check_seed
 from bbfast.attacks.prerequisites import AttackContext, open_store, seeded_model
@@ -112,7 +111,7 @@ def attack(
     )
     if poisoned is None:
         poisoned = method.export_train(data.train, seed, rule.num_classes, used.batch_size)
-    config = _config(method, data, model, trained.model, used, seed)
+    config = _config(method, data, model, trained.model, used, seed, where)
     return _result(method, data, rule, seed, poisoned, trained, config, started, where)
 
 
@@ -180,7 +179,13 @@ def _name(model: str | nn.Module) -> str:
 
 
 def _config(
-    method: Attack, data: DataPair, asked: str | nn.Module, model: nn.Module, recipe: Recipe, seed: int
+    method: Attack,
+    data: DataPair,
+    asked: str | nn.Module,
+    model: nn.Module,
+    recipe: Recipe,
+    seed: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     spec = getattr(model, "bbfast_spec", None)
     return {
@@ -191,7 +196,8 @@ def _config(
         "recipe": recipe.model_dump(mode="json"),
         "data": data_record(data),
         "seed": seed,
-        "versions": versions(),
+        "device": str(device),
+        "versions": versions(method.version, device),
     }
 
 
@@ -208,8 +214,3 @@ def data_record(data: DataPair) -> dict[str, Any]:
         "flip": data.flip,
         "padding": data.padding,
     }
-
-
-def versions() -> dict[str, str]:
-    """What a result records about the software that made it."""
-    return {"bbfast": __version__, "torch": torch.__version__, "python": platform.python_version()}

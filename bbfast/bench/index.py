@@ -16,9 +16,24 @@ from bbfast.store import Store
 
 __all__ = ["COLUMNS", "Index"]
 
-_VERSION = 1
-_TEXT = ("folder", "stage", "dataset", "model", "attack", "defense", "kind", "bbfast", "torch", "device", "created")
+_VERSION = 2
+_TEXT = (
+    "folder",
+    "stage",
+    "dataset",
+    "model",
+    "attack",
+    "defense",
+    "kind",
+    "bbfast",
+    "commit_id",
+    "torch",
+    "device",
+    "created",
+)
 _NUMBERS = (
+    "protocol",
+    "version",
     "ratio",
     "seed",
     "epochs",
@@ -157,6 +172,8 @@ def _row(folder: Path) -> list[Any]:
     defended = manifest["kind"] == "defense"
     own = found.config
     attack = own["attack"] if defended else own
+    # Of an attack that was imported, and of what bbfast wrote before it kept them, nothing is known.
+    versions = own.get("versions") or {}
     values: dict[str, Any] = {
         "folder": folder.name,
         "stage": manifest["kind"],
@@ -170,6 +187,9 @@ def _row(folder: Path) -> list[Any]:
         "kind": found.extra.get("kind") if defended else "attack",
         "clean_fraction": own.get("clean_fraction") if defended else None,
         "bbfast": manifest["bbfast"],
+        "commit_id": manifest.get("commit", ""),
+        "protocol": versions.get("protocol"),
+        "version": versions.get("method"),
         "torch": manifest["torch"],
         "created": manifest["created"],
         "device": own.get("device"),

@@ -171,8 +171,8 @@ def _defense_config(defense: Defense, attack_config: Mapping[str, Any], clean_fr
 
 
 def identity(attack_config: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells one attack from another: its recorded settings without the versions it was made with."""
-    return {key: value for key, value in attack_config.items() if key != "versions"}
+    """What tells one attack from another: its recorded settings without where and with which versions it was made."""
+    return {key: value for key, value in attack_config.items() if key not in ("device", "versions")}
 
 
 def recipe_for(attack: Attack, preset: str, dataset: str, model: str) -> Recipe:

@@ -102,6 +102,8 @@ class Defense(ABC):
     """
 
     name: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+    """Raised when a change of the method changes its results: they are then found by other keys."""
     card: ClassVar[DefenseCard]
     Config: ClassVar[type[DefenseConfig]] = DefenseConfig
     evaluator: Evaluator | None = None

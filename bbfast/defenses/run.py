@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bbfast._version import __version__
+from bbfast._record import versions
 from bbfast.data.imageset import BackdoorSet, ImageSet
 from bbfast.defenses._judge import judge
 from bbfast.defenses._measure import peak_memory
@@ -287,7 +287,7 @@ def _config(defense: Defense, attack: AttackResult, view: DefenderView, clean_fr
         "device": str(view.device),
         "needs": sorted(card.needs),
         "attack": attack.config,
-        "versions": {"bbfast": __version__, "torch": str(torch.__version__)},
+        "versions": versions(defense.version, view.device),
     }
     if "clean" in card.needs:
         labels = view.clean.labels

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from bbfast import attacks, datasets, models
 from bbfast._hashing import sha256_file, to_json
+from bbfast._record import versions
 from bbfast.attacks import AttackResult, Role
-from bbfast.attacks.run import data_record, versions
+from bbfast.attacks.run import data_record
 from bbfast.data import BackdoorSet, DataPair, ImageSet
 from bbfast.errors import ArtifactError, BBFastError, DataRequirementError, UnknownNameError
 from bbfast.evaluation import evaluate

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import bbfast
 from bbfast import Recipe, attacks, datasets
-from bbfast.bench import LocalPool, Plan, grid_rows, run_plan
+from bbfast._version import commit
+from bbfast.bench import Index, LocalPool, Plan, grid_rows, run_plan
 from bbfast.bench.outcomes import Outcome
 from bbfast.bench.stages import attack_stage
 from bbfast.bench.work import Memory, perform
-from bbfast.store import Store
+from bbfast.store import PROTOCOL_VERSION, Store
 
 MakePlan = Callable[..., Plan]
 QUICK: dict[str, Any] = {"attacks": ["badnets"], "defenses": ["none", "clp", "fp"], "recipe": {"epochs": 1}}
@@ -29,7 +32,7 @@ def test_a_grid_finds_what_the_commands_made_and_the_other_way_round(plan: MakeP
     recipe = Recipe.preset("quick", dataset="digits", model="small_cnn").replace(epochs=1)
     method = attacks.create("badnets", ratio=0.05)
     before = attack_stage(store, method, datasets.load("digits"), "small_cnn", recipe, device="cpu", progress=False)
-    done = run_plan(made, store, LocalPool(tmp_path, 2, threads=1), progress=False)
+    done = run_plan(made, store, LocalPool(tmp_path, 1, threads=1), progress=False)
     assert (done.done, done.failed) == (3, 0)
     folders = [path.name for path in tmp_path.iterdir() if path.name.startswith("attack-")]
     assert folders == [before.folder.name]
@@ -37,6 +40,12 @@ def test_a_grid_finds_what_the_commands_made_and_the_other_way_round(plan: MakeP
     assert rows["none"]["c_acc"] == before.result.metrics["c_acc"]
     assert rows["clp"]["der"] is not None and rows["none"]["der"] is None
     assert {row["status"] for row in rows.values()} == {"done"}
+    with Index(store) as index:
+        index.refresh()
+        for row in index.rows():
+            assert (row["device"], row["torch"], row["bbfast"]) == ("cpu", torch.__version__, bbfast.__version__)
+            assert (row["commit_id"], row["protocol"], row["version"]) == (commit(), PROTOCOL_VERSION, 1)
+            assert row["seed"] == 0 and row["seconds"] > 0 and row["created"]
 
 
 def test_what_only_the_data_can_tell_is_not_applicable(plan: MakePlan, tmp_path: Path) -> None:

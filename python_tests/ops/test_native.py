@@ -28,7 +28,7 @@ def test_build_info():
     assert info["version"] == bbfast.__version__
     assert info["simd"] in info["simd_levels"]
     assert info["kernels"] == sorted(info["kernels"]) == _C.kernels()
-    assert {"compiler", "cuda", "cuda_archs", "built_with_torch"} <= set(info)
+    assert {"commit", "compiler", "cuda", "cuda_archs", "built_with_torch"} <= set(info)
     assert (info["cuda"] is None) == (not info["cuda_archs"])
 
 
