@@ -1,4 +1,4 @@
-"""What every result records about the software and the machine that made it. None of it is part of a key."""
+"""What every result records about the software and the machine that made it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,21 @@ import torch
 from bbfast._version import __version__, commit
 from bbfast.store import PROTOCOL_VERSION
 
-__all__ = ["versions"]
+__all__ = ["method_version", "versions"]
+
+
+def method_version(kind: str, version: int) -> dict[str, int]:
+    """What a method's version adds to its settings, and so to its key: nothing for the first one.
+
+    Args:
+        kind: ``attack`` or ``defense``.
+        version: Of the method's class.
+    """
+    return {} if version == 1 else {f"{kind}_version": version}
 
 
 def versions(method: int | None = None, device: torch.device | None = None) -> dict[str, Any]:
-    """Versions of library, protocol, torch and Python.
+    """Versions of library, protocol, torch and Python. They are no part of a key.
 
     Args:
         method: Version of the method, recorded too.

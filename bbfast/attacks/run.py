@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bbfast._record import versions
+from bbfast._record import method_version, versions
 from bbfast.attacks.base import Attack, registry
 from bbfast.attacks.poisoning import LabelRule, PoisonedSet, Role, check_seed
 from bbfast.attacks.prerequisites import AttackContext, open_store, seeded_model
@@ -192,6 +192,7 @@ def _config(
         "attack": method.name,
         "attack_config": method.config.model_dump(mode="json"),
         "attack_files": method.files(),
+        **method_version("attack", method.version),
         "model": {"name": _name(asked)} if spec is None else spec.to_dict(),
         "recipe": recipe.model_dump(mode="json"),
         "data": data_record(data),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bbfast._record import method_version
 from bbfast.bench.grid import NO_DEFENSE, DataEntry, Entry, Grid
 from bbfast.errors import DatasetError
 from bbfast.store import Store
@@ -142,10 +143,16 @@ def _cell(
 
 
 def _attack_task(grid: Grid, data: DataEntry, model: str, attack: Entry, ratio: float, seed: int) -> Task:
+    from bbfast.attacks.base import registry
+
     spec = {
         "data": {"name": data.name, "root": data.root, "options": data.options},
         "model": model,
-        "attack": {"name": attack.name, "settings": {**attack.settings, "ratio": ratio}},
+        "attack": {
+            "name": attack.name,
+            "settings": {**attack.settings, "ratio": ratio},
+            **method_version("attack", registry.get(attack.name).version),
+        },
         "preset": grid.preset,
         "recipe": {**grid.recipe, **attack.recipe},
         "seed": seed,
@@ -157,8 +164,14 @@ def _attack_task(grid: Grid, data: DataEntry, model: str, attack: Entry, ratio: 
 
 
 def _defense_task(grid: Grid, attack: Task, defense: Entry) -> Task:
+    from bbfast.defenses import find
+
     spec = {
-        "defense": {"name": defense.name, "settings": defense.settings},
+        "defense": {
+            "name": defense.name,
+            "settings": defense.settings,
+            **method_version("defense", find(defense.name).version),
+        },
         "clean_fraction": grid.clean_fraction,
         "seed": attack.spec["seed"],
     }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from bbfast._record import method_version
 from bbfast.errors import ArtifactError, BBFastError
 from bbfast.store import Store
 
@@ -154,6 +155,7 @@ def _attack_config(attack: Attack, data: DataPair, model: str, recipe: Recipe, p
         "attack": attack.name,
         "attack_config": attack.config.model_dump(mode="json"),
         "attack_files": attack.files(),
+        **method_version(ATTACK, attack.version),
         "model": {"name": model, "pretrained": pretrained},
         "recipe": recipe.model_dump(mode="json"),
         "data": {key: getattr(data, key) for key in ("name", "fingerprint", "mean", "std", "flip", "padding")},
@@ -166,6 +168,7 @@ def _defense_config(defense: Defense, attack_config: Mapping[str, Any], clean_fr
         "attack": identity(attack_config),
         "defense": defense.name,
         "defense_config": settings.model_dump(mode="json"),
+        **method_version(DEFENSE, defense.version),
         "clean_fraction": clean_fraction,
     }
 

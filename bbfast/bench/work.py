@@ -5,21 +5,29 @@ from __future__ import annotations
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bbfast import artifact
 from bbfast._hashing import canonical_json
 from bbfast.bench.outcomes import Outcome
 from bbfast.bench.stages import attack_place, attack_stage, defense_place, defense_stage, recipe_for
-from bbfast.errors import ArtifactError, CorruptArtifactError, DataRequirementError, UnsupportedModelError
+from bbfast.errors import (
+    ArtifactError,
+    BBFastError,
+    CorruptArtifactError,
+    DataRequirementError,
+    UnsupportedModelError,
+)
 from bbfast.store import Store
 
 if TYPE_CHECKING:
-    from bbfast.attacks import AttackResult
+    from bbfast.attacks import Attack, AttackResult
     from bbfast.data import DataPair
-    from bbfast.defenses import FeatureCache
+    from bbfast.defenses import Defense, FeatureCache
 
 __all__ = ["Memory", "perform"]
+
+M = TypeVar("M", "Attack", "Defense")
 
 
 class Memory:
@@ -75,7 +83,7 @@ def _attack(task: Mapping[str, Any], store: Store, memory: Memory) -> Outcome:
 
     spec = task["spec"]
     data = memory.data(spec["data"])
-    method = attacks.create(spec["attack"]["name"], **spec["attack"]["settings"])
+    method = _planned(attacks.create(spec["attack"]["name"], **spec["attack"]["settings"]), "attack", spec)
     recipe = recipe_for(method, spec["preset"], data.name, spec["model"]).replace(**spec["recipe"])
     try:
         # The refusals that a run begins with: they belong to the cell, not to this machine.
@@ -94,7 +102,7 @@ def _defense(task: Mapping[str, Any], store: Store, memory: Memory) -> Outcome:
     from bbfast import defenses
 
     spec = task["spec"]
-    method = defenses.create(spec["defense"]["name"], **spec["defense"]["settings"])
+    method = _planned(defenses.create(spec["defense"]["name"], **spec["defense"]["settings"]), "defense", spec)
     source = store.root / task["parent"]
     own = {"clean_fraction": spec["clean_fraction"], "seed": spec["seed"]}
     folder = defense_place(store, method, _config(source), **own)
@@ -105,6 +113,17 @@ def _defense(task: Mapping[str, Any], store: Store, memory: Memory) -> Outcome:
         except (DataRequirementError, UnsupportedModelError) as error:
             return Outcome("not_applicable", reason=str(error))
     return Outcome("done", folder=folder.name)
+
+
+def _planned(method: M, kind: str, spec: Mapping[str, Any]) -> M:
+    """The method, if it is of the version that was planned: a worker may have another bbfast than its runner."""
+    planned = spec[kind].get(f"{kind}_version", 1)
+    if method.version != planned:
+        raise BBFastError(
+            f"{kind} {method.name!r} has version {method.version} here, the runner planned version {planned}; install "
+            "the runner's bbfast on every worker"
+        )
+    return method
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bbfast._record import versions
+from bbfast._record import method_version, versions
 from bbfast.data.imageset import BackdoorSet, ImageSet
 from bbfast.defenses._judge import judge
 from bbfast.defenses._measure import peak_memory
@@ -282,6 +282,7 @@ def _config(defense: Defense, attack: AttackResult, view: DefenderView, clean_fr
     config: dict[str, Any] = {
         "defense": defense.name,
         "defense_config": defense.config.model_dump(mode="json"),
+        **method_version("defense", defense.version),
         "clean_fraction": card.clean_fraction if clean_fraction is None else clean_fraction,
         "seed": view.seed,
         "device": str(view.device),

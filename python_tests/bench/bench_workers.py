@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bbfast.bench.outcomes import Outcome
+from bbfast.bench.pool import Ended, Work
 from bbfast.bench.work import Memory
 from bbfast.store import Content, Store
 
@@ -111,3 +112,25 @@ def dies_once(task: Mapping[str, Any], root: str, memory: Memory) -> Outcome:
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return made(task, root)
+
+
+class Inline:
+    """A pool without processes, for tests of what is not the pool's: a spawned worker takes seconds to import torch."""
+
+    def __init__(self, root: Path, work: Work = quick) -> None:
+        self._root, self._work, self._memory = str(root), work, Memory()
+        self._ended: list[Ended] = []
+
+    @property
+    def free(self) -> int:
+        return 0 if self._ended else 1
+
+    def submit(self, key: str, task: Mapping[str, Any]) -> None:
+        self._ended.append(Ended(key, self._work(task, self._root, self._memory)))
+
+    def wait(self, timeout: float) -> list[Ended]:
+        over, self._ended = self._ended, []
+        return over
+
+    def close(self) -> None:
+        pass

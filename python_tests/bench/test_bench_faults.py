@@ -36,19 +36,19 @@ def test_a_full_disk(plan: MakePlan, small_disk: Path, tmp_path: Path) -> None:
     )
     assert (done.done, done.failed) == (12, 0)
     calm = tmp_path / "calm"
-    run_plan(made, Store(calm), LocalPool(calm, 1, threads=1, work=bench_workers.quick), progress=False)
+    run_plan(made, Store(calm), bench_workers.Inline(calm), progress=False)
     assert to_csv(grid_rows(made, Store(root))) == to_csv(grid_rows(made, Store(calm)))
 
 
 def test_a_clock_that_is_set_back(plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing asks the wall clock what is newer: results of tomorrow are found today."""
     made = plan()
-    run_plan(made, Store(tmp_path), LocalPool(tmp_path, 1, threads=1, work=bench_workers.quick), progress=False)
+    run_plan(made, Store(tmp_path), bench_workers.Inline(tmp_path), progress=False)
     first = to_csv(grid_rows(made, Store(tmp_path)))
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now - 86400 * 30)
     more = plan(seeds=[0, 1])
-    pool = LocalPool(tmp_path, 1, threads=1, work=bench_workers.quick)
+    pool = bench_workers.Inline(tmp_path)
     done = run_plan(more, Store(tmp_path), pool, progress=False)
     assert done.begun == 6 and done.done == 12
     assert to_csv(grid_rows(made, Store(tmp_path))) == first

@@ -9,7 +9,7 @@ import bench_workers
 import pytest
 from typer.testing import CliRunner
 
-from bbfast.bench import LocalPool, Plan, find_garbage, grid_rows, remove_garbage, run_plan
+from bbfast.bench import Plan, find_garbage, grid_rows, remove_garbage, run_plan
 from bbfast.cli.app import app
 from bbfast.errors import ArtifactError
 from bbfast.store import Content, Store
@@ -19,7 +19,7 @@ MakePlan = Callable[..., Plan]
 
 def test_what_a_grid_refers_to_stays(plan: MakePlan, tmp_path: Path) -> None:
     store, whole, part = Store(tmp_path), plan(), plan(attacks=["sig"], defenses=["nc"])
-    run_plan(whole, store, LocalPool(tmp_path, 1, threads=1, work=bench_workers.quick), progress=False)
+    run_plan(whole, store, bench_workers.Inline(tmp_path), progress=False)
     store.write("prerequisite", "surrogate", "1" * 64, Content("prerequisite", {}))
     (tmp_path / ".quarantine" / "attack-old").mkdir(parents=True)
     assert len(find_garbage(store, [whole]).results) == 0 and len(find_garbage(store, [whole]).quarantine) == 1
@@ -28,7 +28,7 @@ def test_what_a_grid_refers_to_stays(plan: MakePlan, tmp_path: Path) -> None:
     remove_garbage(found)
     assert [row["status"] for row in grid_rows(part, store)] == ["done"]
     assert len(store.list("prerequisite")) == 1 and len(store.list()) == 3
-    assert run_plan(part, store, LocalPool(tmp_path, 1, work=bench_workers.quick), progress=False).begun == 0
+    assert run_plan(part, store, bench_workers.Inline(tmp_path), progress=False).begun == 0
     assert len(find_garbage(store, [part])) == 0
 
 
@@ -46,7 +46,7 @@ def test_the_command_asks(plan: MakePlan, tmp_path: Path) -> None:
 
     both = make_plan(load_grid(tmp_path / "both.yaml"))
     root = tmp_path / "runs"
-    run_plan(both, Store(root), LocalPool(root, 1, threads=1, work=bench_workers.quick), progress=False)
+    run_plan(both, Store(root), bench_workers.Inline(root), progress=False)
     call = ["bench", "gc", str(tmp_path / "mine.yaml"), "--store", str(root)]
     done = CliRunner().invoke(app, call, input="n\n", prog_name="bbfast")
     assert done.exit_code == 0 and "attack-blended-" in done.stdout and len(Store(root).list()) == 2

@@ -16,7 +16,6 @@ import pytest
 
 from bbfast.bench import (
     Index,
-    LocalPool,
     Plan,
     aggregate,
     compare,
@@ -36,7 +35,7 @@ MakePlan = Callable[..., Plan]
 @pytest.fixture
 def ran(plan: MakePlan, tmp_path: Path) -> tuple[Plan, Store]:
     made = plan(seeds=[0, 11])
-    run_plan(made, Store(tmp_path), LocalPool(tmp_path, 2, threads=1, work=bench_workers.quick), progress=False)
+    run_plan(made, Store(tmp_path), bench_workers.Inline(tmp_path), progress=False)
     return made, Store(tmp_path)
 
 
