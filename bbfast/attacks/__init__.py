@@ -7,6 +7,7 @@ from typing import Any
 
 from bbfast.attacks.base import Attack, AttackConfig, register_attack, registry
 from bbfast.attacks.card import Card
+from bbfast.attacks.control import control, for_control
 from bbfast.attacks.poisoning import LabelRule, PoisonedSet, Role
 from bbfast.attacks.prerequisites import AttackContext
 from bbfast.attacks.result import AttackResult
@@ -23,7 +24,9 @@ __all__ = [
     "Role",
     "attack",
     "available",
+    "control",
     "create",
+    "for_control",
     "info",
     "register_attack",
 ]

@@ -86,7 +86,10 @@ class AttackResult:
             raise DataRequirementError(
                 "this result holds no trigger that could be put on other images: it was imported, and the file has none"
             )
-        method = registry.get(self.config["attack"])(**self.config["attack_config"])
+        settings = dict(self.config["attack_config"])
+        if settings.get("ratio") == 0:
+            del settings["ratio"]  # of a control, whose trigger is that of any ratio
+        method = registry.get(self.config["attack"])(**settings)
         method.load_state(self.trigger_state)
         return method
 

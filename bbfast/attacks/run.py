@@ -24,7 +24,7 @@ from bbfast.store import Store
 from bbfast.training import Recipe, TrainResult, predict_labels, train
 from bbfast.training.device import resolve_device
 
-__all__ = ["attack"]
+__all__ = ["attack", "data_record", "measured", "new_victim", "record"]
 
 
 def attack(
@@ -77,12 +77,12 @@ def attack(
     method.check(data.train, data.num_classes, seed, used.batch_size)
     rule = method.rule(data.train.labels, data.num_classes)
     rule.check_labels(data.test.labels)
-    victim = _build(model, data, seed)
+    victim = new_victim(model, data, seed)
 
     work = None if checkpoint is None else Path(checkpoint)
     context = AttackContext(
         where,
-        lambda other: _build(model, data, other),
+        lambda other: new_victim(model, data, other),
         used,
         data.name,
         data.test,
@@ -111,11 +111,11 @@ def attack(
     )
     if poisoned is None:
         poisoned = method.export_train(data.train, seed, rule.num_classes, used.batch_size)
-    config = _config(method, data, model, trained.model, used, seed, where)
-    return _result(method, data, rule, seed, poisoned, trained, config, started, where)
+    config = record(method, data, model, trained.model, used, seed, where)
+    return measured(method, data, rule, seed, poisoned, trained, config, started, where)
 
 
-def _result(
+def measured(
     method: Attack,
     data: DataPair,
     rule: LabelRule,
@@ -126,6 +126,7 @@ def _result(
     started: float,
     device: torch.device,
 ) -> AttackResult:
+    """The result of a training that is over: what it reaches on both test sets, and all that belongs to it."""
     model = trained.model.eval()
     backdoor_test: BackdoorSet = method.backdoor_test(data.test, seed, rule.num_classes)
     metrics = dict(evaluate(model, data.test, backdoor_test, device=device))
@@ -159,7 +160,7 @@ def _recipe(method: Attack, recipe: Recipe | str | None, data: DataPair, model: 
     return preset if recipe == "quick" else preset.replace(**method.recipe_overrides(preset))
 
 
-def _build(model: str | nn.Module, data: DataPair, seed: int) -> nn.Module:
+def new_victim(model: str | nn.Module, data: DataPair, seed: int) -> nn.Module:
     """A new model of the architecture, the same one for the same seed; or a copy of the module given."""
     if isinstance(model, str):
         return seeded_model(model, data.num_classes, data.train.image_size, seed)
@@ -178,7 +179,7 @@ def _name(model: str | nn.Module) -> str:
     return type(model).__name__ if spec is None else str(spec.name)
 
 
-def _config(
+def record(
     method: Attack,
     data: DataPair,
     asked: str | nn.Module,
@@ -187,6 +188,7 @@ def _config(
     seed: int,
     device: torch.device,
 ) -> dict[str, Any]:
+    """Everything that the result was made with."""
     spec = getattr(model, "bbfast_spec", None)
     return {
         "attack": method.name,

@@ -16,7 +16,7 @@ from bbfast.store import Store
 
 __all__ = ["Estimate", "estimate"]
 
-_Place = tuple[str, str, str, str]
+_Place = tuple[str, str, str, str, bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,8 @@ def estimate(plan: Plan, store: Store) -> Estimate:
     with opened(store) as (index, _):
         for row in index.rows():
             method = row["defense"] if row["stage"] == "defense" else row["attack"]
-            place = (row["stage"], method, row["dataset"], row["model"])
+            control = row["stage"] == "attack" and row["ratio"] == 0
+            place = (row["stage"], method, row["dataset"], row["model"], control)
             if row["seconds"] is not None:
                 seconds[place].append(row["seconds"])
             sizes[place].append(_size(store.root / row["folder"]))
@@ -65,7 +66,9 @@ def estimate(plan: Plan, store: Store) -> Estimate:
 
 
 def _place(task: Task) -> _Place:
-    return task.kind, task.method, str(task.spec["data"]["name"]), str(task.spec["model"])
+    # At ratio 0 an attack trains nothing but the clean model that all attacks share.
+    control = task.kind == "attack" and task.spec["attack"]["settings"]["ratio"] == 0
+    return task.kind, task.method, str(task.spec["data"]["name"]), str(task.spec["model"]), control
 
 
 def _total(measured: defaultdict[_Place, list[float]], places: Iterable[_Place]) -> float:

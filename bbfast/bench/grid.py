@@ -91,7 +91,7 @@ class Grid(MethodConfig):
         datasets: Data sets.
         models: Names of models.
         attacks: Attacks; ``all`` is every one registered.
-        ratios: Shares of the training set to poison.
+        ratios: Shares of the training set to poison; 0 is a clean model under the attack's trigger.
         defenses: Defenses; ``none`` is the attack alone, ``all`` is it and every one registered.
         seeds: Seeds of attack and defense.
         preset: Recipe of the victims.
@@ -130,8 +130,8 @@ class Grid(MethodConfig):
     @field_validator("ratios")
     @classmethod
     def _shares(cls, ratios: tuple[float, ...]) -> tuple[float, ...]:
-        if bad := [ratio for ratio in ratios if not 0 < ratio <= 1]:
-            raise ValueError(f"every ratio must lie in (0, 1], not {bad}")
+        if bad := [ratio for ratio in ratios if not 0 <= ratio <= 1]:
+            raise ValueError(f"every ratio must lie in [0, 1], not {bad}")
         return ratios
 
     @field_validator("seeds")

@@ -108,13 +108,13 @@ def make_plan(grid: Grid) -> Plan:
 def _cells(grid: Grid, tasks: dict[str, Task]) -> Iterator[Cell]:
     for data in grid.datasets:
         facts = _Facts(data)
-        too_many = {(a.label, ratio): facts.too_many(a, ratio) for a in grid.attacks for ratio in grid.ratios}
+        unfit = {(a.label, ratio): facts.unfit(a, ratio) for a in grid.attacks for ratio in grid.ratios}
         for model in grid.models:
             network = facts.network(model)
             refused = {d.label: _refusal(d, network, facts) for d in grid.defenses}
             for attack in grid.attacks:
                 for ratio in grid.ratios:
-                    reason = network if isinstance(network, str) else too_many[attack.label, ratio]
+                    reason = network if isinstance(network, str) else unfit[attack.label, ratio]
                     for seed in grid.seeds:
                         where = (data.label, model, attack.label, ratio, seed)
                         first = None if reason else _attack_task(grid, data, model, attack, ratio, seed)
@@ -226,17 +226,20 @@ class _Facts:
     def image_size(self) -> tuple[int, int, int]:
         return (3, 32, 32) if self._sizes is None else self._sizes[1]
 
-    def too_many(self, attack: Entry, ratio: float) -> str | None:
-        """Why an attack cannot poison that share; None if it can, or if only the data tell."""
+    def unfit(self, attack: Entry, ratio: float) -> str | None:
+        """Why an attack cannot poison that share, or has no trigger without; None if it can, or if only the data
+        tell."""
         from bbfast import attacks
 
         counts = None if self._sizes is None else self._sizes[2]
-        if counts is None:
-            return None
-        method = attacks.create(attack.name, **{**attack.settings, "ratio": ratio})
-        labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         try:
-            method.select(labels, method.rule(labels, len(counts)), 0)
+            if ratio == 0:
+                method = attacks.for_control(attacks.create(attack.name, **attack.settings))
+            else:
+                method = attacks.create(attack.name, **{**attack.settings, "ratio": ratio})
+            if counts is not None:
+                labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+                method.select(labels, method.rule(labels, len(counts)), 0)
         except ValueError as error:
             return str(error)
         return None

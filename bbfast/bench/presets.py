@@ -54,7 +54,7 @@ GRIDS: Mapping[str, Mapping[str, Any]] = {
         "datasets": _DATASETS,
         "models": _MODELS,
         "attacks": "all",
-        "ratios": [0.01, 0.05, 0.1, 0.2],
+        "ratios": [0, 0.01, 0.05, 0.1, 0.2],
         "defenses": "all",
     },
     "digits-full": {

@@ -64,6 +64,7 @@ def attack_stage(
     recipe: Recipe,
     *,
     pretrained: bool = False,
+    control: bool = False,
     seed: int = 0,
     device: str = "auto",
     fresh: bool = False,
@@ -80,6 +81,7 @@ def attack_stage(
         model: Name of the model.
         recipe: How it is trained.
         pretrained: Start from ImageNet weights.
+        control: Its row at ratio 0 (:func:`bbfast.attacks.control`) instead.
         seed: Seed of everything random.
         device: Where to train. Not part of what a result is found by.
         fresh: Make it anew even if it is there; what is there is replaced when the new one is whole.
@@ -92,11 +94,14 @@ def attack_stage(
     """
     from bbfast.attacks import AttackResult
     from bbfast.attacks import attack as run
+    from bbfast.attacks import control as unpoisoned
 
-    config = _attack_config(attack, data, model, recipe, pretrained)
+    config = _attack_config(attack, data, model, recipe, pretrained, control)
 
     def make(work: Path) -> AttackResult:
         trained = victim(model, data, seed) if pretrained else model
+        if control:
+            return unpoisoned(attack, data, trained, recipe, seed, device, store=store, progress=progress)
         return run(attack, data, trained, recipe, seed, device, checkpoint=work, store=store, progress=progress)
 
     return _stage(store, ATTACK, attack.name, config, seed, make, AttackResult.load, fresh, say, about)
@@ -135,10 +140,18 @@ def defense_stage(
 
 
 def attack_place(
-    store: Store, attack: Attack, data: DataPair, model: str, recipe: Recipe, *, pretrained: bool = False, seed: int = 0
+    store: Store,
+    attack: Attack,
+    data: DataPair,
+    model: str,
+    recipe: Recipe,
+    *,
+    pretrained: bool = False,
+    control: bool = False,
+    seed: int = 0,
 ) -> Path:
     """Where :func:`attack_stage` keeps its result."""
-    key = store.key(ATTACK, _attack_config(attack, data, model, recipe, pretrained), seed=seed)
+    key = store.key(ATTACK, _attack_config(attack, data, model, recipe, pretrained, control), seed=seed)
     return store.path(ATTACK, attack.name, key)
 
 
@@ -150,10 +163,13 @@ def defense_place(
     return store.path(DEFENSE, defense.name, key)
 
 
-def _attack_config(attack: Attack, data: DataPair, model: str, recipe: Recipe, pretrained: bool) -> dict[str, Any]:
+def _attack_config(
+    attack: Attack, data: DataPair, model: str, recipe: Recipe, pretrained: bool, control: bool
+) -> dict[str, Any]:
+    unpoisoned = {"ratio": 0.0, "count": None} if control else {}
     return {
         "attack": attack.name,
-        "attack_config": attack.config.model_dump(mode="json"),
+        "attack_config": {**attack.config.model_dump(mode="json"), **unpoisoned},
         "attack_files": attack.files(),
         **method_version(ATTACK, attack.version),
         "model": {"name": model, "pretrained": pretrained},

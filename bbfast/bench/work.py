@@ -83,18 +83,21 @@ def _attack(task: Mapping[str, Any], store: Store, memory: Memory) -> Outcome:
 
     spec = task["spec"]
     data = memory.data(spec["data"])
-    method = _planned(attacks.create(spec["attack"]["name"], **spec["attack"]["settings"]), "attack", spec)
+    settings = dict(spec["attack"]["settings"])
+    if control := settings["ratio"] == 0:
+        del settings["ratio"]  # no attack takes it; what the trigger is made with is the method's default
+    method = _planned(attacks.create(spec["attack"]["name"], **settings), "attack", spec)
     recipe = recipe_for(method, spec["preset"], data.name, spec["model"]).replace(**spec["recipe"])
     try:
         # The refusals that a run begins with: they belong to the cell, not to this machine.
-        method.check(data.train, data.num_classes, spec["seed"], recipe.batch_size)
+        asked = attacks.for_control(method) if control else method
+        asked.check(data.train, data.num_classes, spec["seed"], recipe.batch_size)
     except ValueError as error:
         return Outcome("not_applicable", reason=str(error))
-    folder = attack_place(store, method, data, spec["model"], recipe, seed=spec["seed"])
+    own = {"control": control, "seed": spec["seed"]}
+    folder = attack_place(store, method, data, spec["model"], recipe, **own)
     if task.get("verify") or not artifact.exists(folder):
-        attack_stage(
-            store, method, data, spec["model"], recipe, seed=spec["seed"], device=spec["device"], progress=False
-        )
+        attack_stage(store, method, data, spec["model"], recipe, **own, device=spec["device"], progress=False)
     return Outcome("done", folder=folder.name)
 
 

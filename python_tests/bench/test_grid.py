@@ -56,7 +56,7 @@ def test_files_bases_and_aliases(tmp_path: Path) -> None:
         ({"models": ["small_cn"]}, UnknownNameError, "small_cnn"),
         ({"datasets": ["digit"]}, UnknownNameError, "digits"),
         ({"attacks": []}, ConfigError, "attacks: .*at least 1 item"),
-        ({"ratios": [0.1, 1.5]}, ConfigError, r"every ratio must lie in \(0, 1\], not \[1.5\]"),
+        ({"ratios": [0.1, 1.5]}, ConfigError, r"every ratio must lie in \[0, 1\], not \[1.5\]"),
         ({"seeds": [-1]}, ConfigError, r"seeds must be at least 0, not \[-1\]"),
         ({"attacks": [{"name": "badnets", "set": {"ratio": 0.2}}]}, ConfigError, "ratio is what ratios lists"),
         ({"attacks": [{"name": "badnets", "set": {"tarjet": 1}}]}, ConfigError, "did you mean target"),
