@@ -8,6 +8,7 @@ from bbfast.bench.grid import Grid, load_grid
 from bbfast.bench.index import Index
 from bbfast.bench.kept import kept_grids
 from bbfast.bench.outcomes import Outcome
+from bbfast.bench.parquet import write_parquet
 from bbfast.bench.plan import Cell, Plan, Task, make_plan
 from bbfast.bench.pool import LocalPool, Pool
 from bbfast.bench.presets import GRIDS
@@ -41,4 +42,5 @@ __all__ = [
     "run_plan",
     "to_csv",
     "to_json",
+    "write_parquet",
 ]

@@ -139,11 +139,14 @@ def register(app: typer.Typer) -> None:
         mean: Annotated[bool, typer.Option("--mean", help="Mean and standard deviation over the seeds.")] = False,
         pivot: Annotated[str | None, _METRIC] = None,
         csv: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+        parquet: Annotated[
+            Path | None, typer.Option(help="The same as Parquet; needs pip install 'bbfast[query]'.")
+        ] = None,
         costs: Annotated[bool, typer.Option("--costs", help="Seconds and memory as well.")] = False,
         json: Json = False,
     ) -> None:
         """Show a grid's figures: its cells, or attacks by defenses with --pivot."""
-        from bbfast.bench import aggregate, grid_rows, to_csv
+        from bbfast.bench import aggregate, grid_rows, to_csv, write_parquet
         from bbfast.bench.results import PLACE
         from bbfast.store import Store
 
@@ -159,12 +162,15 @@ def register(app: typer.Typer) -> None:
         if csv is not None:
             csv.expanduser().write_text(to_csv(rows), encoding="utf-8")
             note(f"{len(rows)} rows in {csv}")
+        if parquet is not None:
+            write_parquet(rows, parquet)
+            note(f"{len(rows)} rows in {parquet}")
         if json:
             emit_json(rows)
         elif pivot is not None:
             with usage():
                 screen().print(_pivoted(rows, pivot))
-        elif csv is None:
+        elif csv is None and parquet is None:
             screen().print(_listed(rows))
 
     @command(bench, "gc", examples="bbfast bench gc paper mine.yaml --store runs/")

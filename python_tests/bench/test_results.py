@@ -7,6 +7,7 @@ import io
 import json
 import math
 import sqlite3
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from bbfast.bench import (
     run_plan,
     to_csv,
     to_json,
+    write_parquet,
 )
-from bbfast.errors import ArtifactError
+from bbfast.errors import ArtifactError, MissingExtraError
 from bbfast.store import Content, Store
 
 MakePlan = Callable[..., Plan]
@@ -103,6 +105,30 @@ def test_what_is_written_can_be_read(ran: tuple[Plan, Store]) -> None:
     assert [float(row["c_acc"]) for row in back] == [row["c_acc"] for row in rows] and back[0]["tpr"] == ""
     assert json.loads(to_json(rows)) == rows
     assert to_csv([]).startswith("folder,stage,dataset")
+
+
+def test_parquet(ran: tuple[Plan, Store], tmp_path: Path) -> None:
+    duckdb = pytest.importorskip("duckdb", reason="DuckDB is not installed")
+    rows = grid_rows(*ran, costs=True)
+    rows[0] = {**rows[0], "asr": 0.1 + 0.2, "reason": 'it\'s "quoted", 1\n2', "tpr": None, "c_acc": 1e-300}
+    path = write_parquet(rows, tmp_path / "it's a table.parquet")
+    with duckdb.connect() as db:
+        found = db.execute("SELECT * FROM read_parquet(?)", [str(path)])
+        names, kinds = [column[0] for column in found.description], {c[0]: str(c[1]) for c in found.description}
+        assert [dict(zip(names, row, strict=True)) for row in found.fetchall()] == rows
+    assert (kinds["reason"], kinds["seed"], kinds["tpr"]) == ("VARCHAR", "BIGINT", "DOUBLE")
+    write_parquet(aggregate(rows), path)
+    assert sorted(p.name for p in tmp_path.glob("*parquet*")) == ["it's a table.parquet"]
+    with pytest.raises(ValueError, match="there are no rows to write"):
+        write_parquet([], path)
+    with pytest.raises(OSError, match="No such file"):
+        write_parquet(rows, tmp_path / "none" / "t.parquet")
+
+
+def test_parquet_without_duckdb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    with pytest.raises(MissingExtraError, match=r"writing Parquet needs DuckDB, .* pip install 'bbfast\[query\]'"):
+        write_parquet([{"n": 1}], tmp_path / "t.parquet")
 
 
 def test_cells_that_are_missing(plan: MakePlan, ran: tuple[Plan, Store], tmp_path: Path) -> None:
