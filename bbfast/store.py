@@ -148,6 +148,20 @@ class Store:
             self._quarantine(folder, seen, error)
             return None
 
+    def check(self, folder: Path) -> bool:
+        """Whether every file of an artefact is what was written; a damaged one is put aside, as by :meth:`read`.
+
+        Raises:
+            ArtifactError: if it cannot be read for another reason, or is of a newer format.
+        """
+        seen = _inode(folder)
+        try:
+            artifact.read(folder)
+        except CorruptArtifactError as error:
+            self._quarantine(folder, seen, error)
+            return False
+        return True
+
     def write(self, stage: str, name: str, key: str, content: Savable) -> Path:
         """Write the artefact and remove its work folder.
 

@@ -11,9 +11,10 @@ from bbfast.bench.outcomes import Outcome
 from bbfast.bench.parquet import write_parquet
 from bbfast.bench.plan import Cell, Plan, Task, make_plan
 from bbfast.bench.pool import LocalPool, Pool
+from bbfast.bench.pools import local_pool, make_pool
 from bbfast.bench.presets import GRIDS
 from bbfast.bench.results import aggregate, grid_rows, pivot, to_csv, to_json
-from bbfast.bench.run import Summary, local_pool, make_pool, run_plan
+from bbfast.bench.run import Summary, run_plan
 
 __all__ = [
     "GRIDS",

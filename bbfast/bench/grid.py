@@ -37,8 +37,8 @@ class _Named(MethodConfig):
     @model_validator(mode="after")
     def _labelled(self) -> _Named:
         if not self.label:
-            object.__setattr__(self, "label", self.name)
-        if not _LABEL.fullmatch(self.label):
+            object.__setattr__(self, "label", self.name)  # whether there is such a name is the grid's to say
+        elif not _LABEL.fullmatch(self.label):
             raise ValueError(f"label must match {_LABEL.pattern}")
         return self
 

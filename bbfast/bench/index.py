@@ -58,6 +58,7 @@ class Index:
 
     The file is in WAL mode, so that readers and writers do not wait for one another. It holds nothing that is not in
     the folders: delete it, and the next :meth:`refresh` makes it anew. One of another version, or damaged, is replaced.
+    Where the store may only be read, the table is kept in memory.
 
     Args:
         store: The store.
@@ -72,9 +73,10 @@ class Index:
         self._store = store
         self._path = store.root / "index.sqlite"
         try:
-            self._db = self._open(self._path)
-        except sqlite3.DatabaseError:
-            self._replace()
+            self._db = self._opened()
+        except (sqlite3.OperationalError, OSError):
+            # A store that may only be read, or a full disk: the table is made for this time alone.
+            self._db = self._open(":memory:")
 
     def __enter__(self) -> Index:
         return self
@@ -139,7 +141,17 @@ class Index:
         wanted = set(folders)
         return {row["folder"]: row for row in self.rows() if row["folder"] in wanted}
 
-    def _open(self, path: Path) -> sqlite3.Connection:
+    def _opened(self) -> sqlite3.Connection:
+        try:
+            return self._open(self._path)
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError:  # damaged, or of another version
+            for ending in ("", "-wal", "-shm"):
+                self._path.with_name(self._path.name + ending).unlink(missing_ok=True)
+            return self._open(self._path)
+
+    def _open(self, path: Path | str) -> sqlite3.Connection:
         db = sqlite3.connect(path, timeout=60)
         with contextlib.suppress(sqlite3.OperationalError):  # a store that may only be read
             db.execute("PRAGMA journal_mode=WAL")
@@ -152,11 +164,6 @@ class Index:
             db.execute("CREATE INDEX IF NOT EXISTS place ON records (dataset, model, attack, ratio, seed, defense)")
             db.execute(f"PRAGMA user_version = {_VERSION}")
         return db
-
-    def _replace(self) -> None:
-        for ending in ("", "-wal", "-shm"):
-            self._path.with_name(self._path.name + ending).unlink(missing_ok=True)
-        self._db = self._open(self._path)
 
 
 def _stamp(folder: Path) -> str:

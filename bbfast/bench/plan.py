@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import nn
-
 from bbfast._record import method_version
+from bbfast.bench.facts import Facts, refused
 from bbfast.bench.grid import NO_DEFENSE, DataEntry, Entry, Grid
-from bbfast.errors import DatasetError
 from bbfast.store import Store
 
 __all__ = ["Cell", "Plan", "Task", "make_plan"]
@@ -107,11 +103,11 @@ def make_plan(grid: Grid) -> Plan:
 
 def _cells(grid: Grid, tasks: dict[str, Task]) -> Iterator[Cell]:
     for data in grid.datasets:
-        facts = _Facts(data)
+        facts = Facts(data)
         unfit = {(a.label, ratio): facts.unfit(a, ratio) for a in grid.attacks for ratio in grid.ratios}
         for model in grid.models:
             network = facts.network(model)
-            refused = {d.label: _refusal(d, network, facts) for d in grid.defenses}
+            refusals = {d.label: refused(d, network, facts) for d in grid.defenses}
             for attack in grid.attacks:
                 for ratio in grid.ratios:
                     reason = network if isinstance(network, str) else unfit[attack.label, ratio]
@@ -121,7 +117,7 @@ def _cells(grid: Grid, tasks: dict[str, Task]) -> Iterator[Cell]:
                         if first is not None:
                             tasks[first.key] = first
                         for defense in grid.defenses:
-                            yield _cell(grid, where, first, reason, defense, refused[defense.label], tasks)
+                            yield _cell(grid, where, first, reason, defense, refusals[defense.label], tasks)
 
 
 def _cell(
@@ -177,78 +173,3 @@ def _defense_task(grid: Grid, attack: Task, defense: Entry) -> Task:
     }
     key = Store.key("defense_task", {"attack": attack.key, **spec})
     return Task(key, "defense", {**attack.spec, **spec}, attack.key)
-
-
-class _Facts:
-    """What is known of a data set before it is read."""
-
-    def __init__(self, data: DataEntry) -> None:
-        from bbfast import datasets
-
-        self._data = data
-        self._info = datasets.info(data.name)
-
-    @functools.cached_property
-    def _sizes(self) -> tuple[int, tuple[int, int, int], list[int] | None] | None:
-        """Classes, image size, and images of each class; None if only the files say."""
-        from bbfast import datasets
-
-        if self._info.get("train") is None or self._data.name == "digits":
-            # Small, or described by nothing but its files.
-            try:
-                pair = datasets.load(self._data.name, self._data.root, **self._data.options)
-            except DatasetError:
-                return None  # the worker that runs it may have it
-            counts = torch.bincount(pair.train.labels, minlength=pair.num_classes).tolist()
-            return pair.num_classes, pair.train.image_size, counts
-        classes, total = int(self._info["num_classes"]), int(self._info["train"])
-        size = self._info["image_size"]
-        even = [total // classes] * classes if total % classes == 0 else None
-        return classes, (int(size[0]), int(size[1]), int(size[2])), even
-
-    def network(self, model: str) -> nn.Module | str | None:
-        """The model without memory for its weights, or why it cannot be built; None if the images are not known."""
-        from bbfast import models
-
-        if self._sizes is None:
-            return None
-        try:
-            with torch.device("meta"):
-                return models.build(model, self._sizes[0], self._sizes[1])
-        except ValueError as error:
-            return str(error)
-
-    @property
-    def classes(self) -> int:
-        return 10 if self._sizes is None else self._sizes[0]
-
-    @property
-    def image_size(self) -> tuple[int, int, int]:
-        return (3, 32, 32) if self._sizes is None else self._sizes[1]
-
-    def unfit(self, attack: Entry, ratio: float) -> str | None:
-        """Why an attack cannot poison that share, or has no trigger without; None if it can, or if only the data
-        tell."""
-        from bbfast import attacks
-
-        counts = None if self._sizes is None else self._sizes[2]
-        try:
-            if ratio == 0:
-                method = attacks.for_control(attacks.create(attack.name, **attack.settings))
-            else:
-                method = attacks.create(attack.name, **{**attack.settings, "ratio": ratio})
-            if counts is not None:
-                labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-                method.select(labels, method.rule(labels, len(counts)), 0)
-        except ValueError as error:
-            return str(error)
-        return None
-
-
-def _refusal(defense: Entry, network: nn.Module | str | None, facts: _Facts) -> str | None:
-    from bbfast import defenses
-
-    if defense.name == NO_DEFENSE or not isinstance(network, nn.Module):
-        return None
-    method = defenses.create(defense.name, **defense.settings)
-    return defenses.refusal(method, network, facts.classes, facts.image_size)

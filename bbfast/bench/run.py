@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from bbfast._progress import bar
 from bbfast.bench.kept import keep_grid
 from bbfast.bench.outcomes import Book, Outcome
 from bbfast.bench.plan import Plan, Task
-from bbfast.bench.pool import Ended, LocalPool, Pool
+from bbfast.bench.pool import Ended, Pool
+from bbfast.bench.sound import sound
 from bbfast.store import Store
 
-__all__ = ["EXECUTORS", "Summary", "local_pool", "make_pool", "run_plan"]
-
-EXECUTORS = ("local", "ray", "slurm")
+__all__ = ["Summary", "run_plan"]
 
 _ATTEMPTS = 3
 """How often a stage whose worker died is begun: a machine that kills for memory is not helped by more."""
@@ -46,88 +43,40 @@ class Summary:
     seconds: float
 
 
-def local_pool(root: str | Path, plan: Plan, workers: int | None = None) -> LocalPool:
-    """Workers of this machine: one a GPU, or one a core with one thread each where there is none.
-
-    Args:
-        root: The store.
-        plan: What will be run; its grid has the device and the limits.
-        workers: Number of processes instead.
-    """
-    import torch
-
-    gpus = torch.cuda.device_count() if plan.grid.device == "auto" else 0
-    devices = [f"cuda:{i}" for i in range(gpus)] or None
-    return LocalPool(
-        root,
-        workers or gpus or len(os.sched_getaffinity(0)),
-        plan.grid.limits,
-        devices=devices,
-    )
-
-
-def make_pool(executor: str, root: str | Path, plan: Plan, workers: int | None = None, gpus: float = 0.0) -> Pool:
-    """The workers that will run ``plan``.
-
-    Args:
-        executor: ``local``; ``ray``: the cluster that RAY_ADDRESS names, or one on this machine; ``slurm``.
-        root: The store.
-        plan: What will be run; its grid has the device and the limits.
-        workers: How many at once; None is what there is, 64 jobs for Slurm.
-        gpus: GPUs of each worker, for Ray and Slurm; Ray takes fractions.
-
-    Raises:
-        ValueError: if there is no such executor, or Slurm is asked for a part of a GPU.
-        BBFastError: if what it needs is not installed.
-    """
-    if executor == "local":
-        return local_pool(root, plan, workers)
-    # Relative paths would mean something else on another machine.
-    root, limits = Path(root).resolve(), plan.grid.limits
-    if executor == "ray":
-        from bbfast.bench.pool_ray import RayPool
-
-        return RayPool(root, workers, limits, gpus=gpus)
-    if executor == "slurm":
-        from bbfast.bench.pool_slurm import SlurmPool
-
-        if gpus != int(gpus):
-            raise ValueError(f"gpus must be a whole number for slurm, got {gpus:g}")
-        return SlurmPool(root, workers or 64, limits, parameters={"gpus_per_node": int(gpus)} if gpus else None)
-    raise ValueError(f"executor must be one of {', '.join(EXECUTORS)}, got {executor!r}")
-
-
 def run_plan(
     plan: Plan,
     store: Store,
     pool: Pool,
     *,
     retry_failed: bool = False,
+    verify: bool = False,
     progress: bool | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Summary:
     """Do every stage of ``plan`` that is not done.
 
     A failed stage is recorded with its traceback and does not stop the others. One whose worker died is begun again, up
-    to three times. A damaged attack result is put aside and made anew. Killed at any moment, the same call goes on:
-    what is in the store is not done again.
+    to three times. A damaged result is put aside and made anew. Killed at any moment, the same call goes on: what is in
+    the store is not done again.
 
     Args:
         plan: What to do.
         store: Where results lie.
         pool: Where to do it; closed at the end.
         retry_failed: Begin stages again that failed in an earlier run.
+        verify: Compare every file of the results that are there with its checksum first; without it damage is found
+            where a result is used.
         progress: Show a bar; None decides by the terminal.
         say: Called with a line for each stage that is over, where no bar is shown.
 
     Raises:
-        ArtifactError: if the store cannot be written to.
+        ArtifactError: if the store cannot be written to, or holds a result of a newer bbfast.
         KeyboardInterrupt: when interrupted; the workers are ended, their checkpoints stay.
     """
     book, clock = Book(store), time.monotonic()
-    keep_grid(store, plan.grid)
-    desk = _Desk(plan, book.read_all(plan.tasks), retry_failed)
     try:
+        keep_grid(store, plan.grid)
+        desk = _Desk(plan, sound(store, book.read_all(plan.tasks), verify), retry_failed)
         with bar(plan.grid.name, len(plan.tasks), progress, done=desk.over) as shown:
             while True:
                 while pool.free and (task := desk.next()) is not None:

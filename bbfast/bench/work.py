@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from bbfast.errors import (
     BBFastError,
     CorruptArtifactError,
     DataRequirementError,
+    DatasetError,
     UnsupportedModelError,
 )
 from bbfast.store import Store
@@ -75,6 +77,8 @@ def perform(task: Mapping[str, Any], root: str, memory: Memory) -> Outcome:
         return Outcome("damaged", reason=str(error))
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, DatasetError):
+            reason += f" (worker on {socket.gethostname()})"  # other machines may have it
         return Outcome("failed", reason=reason, traceback=traceback.format_exc())
 
 

@@ -81,6 +81,7 @@ def register(app: typer.Typer) -> None:
         workers: Annotated[int | None, typer.Option(min=1, help="Stages at once; one a GPU, or one a core.")] = None,
         gpus: Annotated[float, typer.Option(min=0, help="GPUs of each worker of ray or slurm.")] = 0.0,
         retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed before.")] = False,
+        verify: Annotated[bool, typer.Option("--verify", help="Check what is there first, file by file.")] = False,
         json: Json = False,
     ) -> None:
         """Run what is not done yet. It may be stopped or killed at any moment: the same command goes on."""
@@ -91,7 +92,7 @@ def register(app: typer.Typer) -> None:
         place = Store(store.expanduser())
         with usage():
             pool = make_pool(executor, place.root, made, workers, gpus)
-        done = run_plan(made, place, pool, retry_failed=retry_failed, say=_unless_bar())
+        done = run_plan(made, place, pool, retry_failed=retry_failed, verify=verify, say=_unless_bar())
         if json:
             emit_json({name: getattr(done, name) for name in done.__dataclass_fields__})
         else:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +18,7 @@ from typing import Any
 import bench_workers
 import pytest
 
-from bbfast.bench import LocalPool, Plan, grid_rows, run_plan, to_csv
+from bbfast.bench import LocalPool, Plan, Pool, grid_rows, run_plan, to_csv
 from bbfast.bench.grid import Limits
 from bbfast.bench.outcomes import Book
 from bbfast.bench.run import Summary
@@ -26,7 +30,11 @@ HERE = Path(__file__).parent
 
 def go(made: Plan, root: Path, work: Any = bench_workers.quick, **options: Any) -> Summary:
     limits = options.pop("limits", Limits())
-    pool = LocalPool(root, options.pop("workers", 2), limits, threads=1, work=work)
+    pool: Pool
+    if work is bench_workers.Inline:
+        pool = bench_workers.Inline(root)
+    else:
+        pool = LocalPool(root, options.pop("workers", 2), limits, threads=1, work=work)
     return run_plan(made, Store(root), pool, progress=False, **options)
 
 
@@ -140,11 +148,38 @@ def runner(root: Path, script: Path) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_workers_killed_at_random_moments(plan: MakePlan, tmp_path: Path, times: int) -> None:
+    """SIGKILL of one worker or another, in a stage, between two or while it starts; who is killed thrice is retried."""
+    made, root, chance = plan(**GRID), tmp_path / "killed", random.Random(times)
+    go(made, tmp_path / "calm", bench_workers.Inline)
+    over, killed = threading.Event(), []
+
+    def kill() -> None:
+        while len(killed) < times and not over.wait(chance.uniform(0.05, 0.6)):
+            if workers := multiprocessing.active_children():
+                victim = chance.choice(workers)
+                victim.kill()
+                killed.append(victim.pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    while len(killed) < times:
+        go(made, root, bench_workers.slow, retry_failed=True)
+        if len(killed) < times:  # all was done before the last kill: some of it is to be done again
+            shutil.rmtree(chance.choice(sorted(root.glob("defense-*"))))
+    over.set()
+    killer.join()
+    done = go(made, root, bench_workers.slow, retry_failed=True)
+    assert (done.done, done.failed) == (16, 0) and len(set(killed)) > 1
+    assert to_csv(grid_rows(made, Store(root))) == to_csv(grid_rows(made, Store(tmp_path / "calm")))
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_again_and_again_ends_as_if_never_killed(plan: MakePlan, tmp_path: Path, times: int) -> None:
     """SIGKILL of the runner at moments spread over its run; its workers end with it."""
     made = plan(**GRID)
-    go(made, tmp_path / "calm", bench_workers.slow)
+    go(made, tmp_path / "calm", bench_workers.Inline)
     root, kills = tmp_path / "killed", 0
     for i in range(times):
         process = runner(root, tmp_path / "run.py")
