@@ -19,7 +19,8 @@ _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
 
 
 def attack_command(config: Mapping[str, Any], store: str) -> str | None:
-    """``bbfast attack ...`` for the result with this ``config``; None if it was not made by this library's training.
+    """``bbfast attack ...`` for the result with this ``config``; None if it was not made by this library's training, or
+    is a clean model under an attack's trigger (ratio 0), which only a grid makes.
 
     Args:
         config: Of an attack's result.
@@ -28,7 +29,7 @@ def attack_command(config: Mapping[str, Any], store: str) -> str | None:
     from bbfast import attacks, datasets
 
     name, settings, data = str(config["attack"]), dict(config["attack_config"]), config["data"]
-    if not config.get("recipe") or config["model"].get("name") is None:
+    if not config.get("recipe") or config["model"].get("name") is None or settings.get("ratio") == 0:
         return None
     try:
         known = attacks.create(name).config.model_dump(mode="json")

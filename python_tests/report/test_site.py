@@ -121,6 +121,7 @@ def test_results_that_another_program_made_have_no_command() -> None:
     config = {"attack": "badnets", "attack_config": {}, "recipe": None, "data": {}, "model": {"name": "x"}}
     assert attack_command(config, "runs") is None
     assert attack_command({**config, "attack": "gone", "recipe": {"epochs": 1}}, "runs") is None
+    assert attack_command({**config, "attack_config": {"ratio": 0.0}, "recipe": {"epochs": 1}}, "runs") is None
 
 
 def test_broken_results_are_named_and_left_out(ran: Ran, tmp_path: Path) -> None:

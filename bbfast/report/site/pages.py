@@ -151,6 +151,7 @@ def _scores(attack: AttackResult, result: DefenseResult) -> str | None:
 
 def _facts(record: Record) -> dict[str, str]:
     row = record.row
+    commit = str(row["commit_id"] or "")[:12]
     facts = {
         "Result": record.folder,
         "Seed": str(row["seed"]),
@@ -158,7 +159,7 @@ def _facts(record: Record) -> dict[str, str]:
         "Seconds": "" if row["seconds"] is None else f"{row['seconds']:.1f}",
         "Highest memory": "" if not row["peak_memory_bytes"] else f"{row['peak_memory_bytes'] / _GIB:.2f} GiB",
         "On": str(row["device"] or ""),
-        "With": f"bbfast {row['bbfast']}, torch {row['torch']}",
+        "With": f"bbfast {row['bbfast']}{commit and f' ({commit})'}, torch {row['torch']}",
         "Changed settings": record.changed or "none",
     }
     return {key: value for key, value in facts.items() if value}
