@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import Field
 
-from bbfast._config import MethodConfig, build_config
-from bbfast._registry import Registry
+from bbfast._config import MethodConfig
+from bbfast._methods import Method, MethodRegistry
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.subject import Subject
 
@@ -21,10 +21,6 @@ __all__ = ["Tool", "ToolCard", "ToolConfig", "available", "create", "find", "inf
 
 ALIASES = {"shap": "shapley", "gradcam": "grad_cam", "quality": "image_quality", "tac": "trigger_activation_change"}
 """Names of BackdoorBench's scripts."""
-
-_REGISTRY: Registry[type[Tool]] = Registry(
-    "analysis tool", packages=("bbfast.analysis.tools",), entry_points="bbfast.analysis", aliases=ALIASES
-)
 
 T = TypeVar("T", bound="type[Tool]")
 
@@ -58,7 +54,7 @@ class ToolConfig(MethodConfig):
     seed: int = Field(0, ge=0)
 
 
-class Tool(ABC):
+class Tool(Method, ABC):
     """One tool: settings, :meth:`measure`, and :meth:`draw`, which sees nothing but the numbers.
 
     A subclass sets ``card`` and ``Config`` and registers itself with :func:`register_tool`.
@@ -71,16 +67,11 @@ class Tool(ABC):
         ConfigError: if a setting is unknown, has the wrong type or is out of range.
     """
 
-    name: ClassVar[str] = ""
+    noun = "analysis tool"
     card: ClassVar[ToolCard]
     Config: ClassVar[type[ToolConfig]] = ToolConfig
 
-    def __init__(self, config: ToolConfig | None = None, **values: Any) -> None:
-        if config is None:
-            config = build_config(self.Config, f"analysis tool {self.name or type(self).__name__}", values)
-        self.config: Any = config
-
-    def check(self, subject: Subject) -> None:  # noqa: B027 - optional: most tools take every model
+    def check(self, subject: Subject) -> None:
         """Refuse what the tool cannot look at, before any work.
 
         Raises:
@@ -97,17 +88,14 @@ class Tool(ABC):
         """The figure: a function of the numbers, also of those that were saved and loaded."""
 
 
+_REGISTRY: MethodRegistry[Tool] = MethodRegistry(
+    "analysis tool", ToolCard, packages=("bbfast.analysis.tools",), entry_points="bbfast.analysis", aliases=ALIASES
+)
+
+
 def register_tool(name: str) -> Callable[[T], T]:
     """Class decorator: register a tool under ``name``; a taken name raises ``ValueError``."""
-
-    def decorate(cls: T) -> T:
-        if not isinstance(getattr(cls, "card", None), ToolCard):
-            raise TypeError(f"analysis tool {name!r}: {cls.__qualname__}.card must be a ToolCard")
-        _REGISTRY.register(name)(cls)
-        cls.name = name
-        return cls
-
-    return decorate
+    return _REGISTRY.decorator(name)
 
 
 def find(name: str) -> type[Tool]:
@@ -136,14 +124,4 @@ def create(name: str, **config: Any) -> Tool:
 
 def info(name: str) -> dict[str, Any]:
     """What is known about a tool: title, question, paper, the extra it needs, departures, defaults."""
-    cls = find(name)
-    card = cls.card
-    return {
-        "name": cls.name,
-        "title": card.title,
-        "question": card.question,
-        "paper": card.paper,
-        "extra": card.extra,
-        "deviations": list(card.deviations),
-        "defaults": cls.Config().model_dump(mode="json"),
-    }
+    return _REGISTRY.describe(name)

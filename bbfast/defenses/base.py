@@ -10,8 +10,8 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import field_validator, model_validator
 from torch import nn
 
-from bbfast._config import MethodConfig, build_config
-from bbfast._registry import Registry
+from bbfast._config import MethodConfig
+from bbfast._methods import Method, MethodRegistry
 from bbfast.defenses.card import KINDS, DefenseCard
 from bbfast.defenses.features import Reader
 from bbfast.defenses.result import DefenseResult
@@ -32,13 +32,6 @@ ALIASES = {
     "dde": "ep",
 }
 """Names used by BackdoorBench's folders and papers. One whose method is not registered stays unknown."""
-
-_REGISTRY: Registry[type[Defense]] = Registry(
-    "defense",
-    packages=("bbfast.defenses.mitigation", "bbfast.defenses.training", "bbfast.defenses.detection"),
-    entry_points="bbfast.defenses",
-    aliases=ALIASES,
-)
 
 D = TypeVar("D", bound="type[Defense]")
 C = TypeVar("C", bound="DefenseConfig")
@@ -87,7 +80,7 @@ class DefenseConfig(MethodConfig):
         return type(self)(**{**row, **chosen})
 
 
-class Defense(ABC):
+class Defense(Method, ABC):
     """One defense: settings, what it needs, and :meth:`run`.
 
     A subclass sets ``card`` and ``Config`` and registers itself with :func:`register_defense`, which sets ``name``. It
@@ -101,7 +94,7 @@ class Defense(ABC):
         ConfigError: if a setting is unknown, has the wrong type or is out of range.
     """
 
-    name: ClassVar[str] = ""
+    noun = "defense"
     version: ClassVar[int] = 1
     """Raised when a change of the method changes its results: they are then found by other keys."""
     card: ClassVar[DefenseCard]
@@ -110,22 +103,13 @@ class Defense(ABC):
     """Set by the runner when its caller says ``oracle=True``, else None: the ground truth, for choices that are made as
     published tables made them. Every result so made carries ``selection["oracle"]``."""
 
-    def __init__(self, config: DefenseConfig | None = None, **values: Any) -> None:
-        if config is None:
-            config = build_config(self.Config, f"defense {self.name or type(self).__name__}", values)
-        elif values:
-            raise TypeError("give either config or settings by name, not both")
-        elif not isinstance(config, self.Config):
-            raise TypeError(f"config must be a {self.Config.__qualname__}, got {type(config).__qualname__}")
-        self.config: Any = config
-
     def for_dataset(self, name: str) -> Defense:
         """The same defense with the settings that its method uses on data set ``name`` (see :class:`DefenseConfig`)."""
         other = copy.copy(self)
         other.config = self.config.for_dataset(name)
         return other
 
-    def check(self, view: DefenderView) -> None:  # noqa: B027 - optional: most methods ask for nothing beyond their card
+    def check(self, view: DefenderView) -> None:
         """Refuse what the method cannot do, before any work and without a forward pass.
 
         Raises:
@@ -149,22 +133,19 @@ class Defense(ABC):
     def run(self, view: DefenderView) -> DefenseResult:
         """Defend with what ``view`` grants; deterministic in (view, config)."""
 
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{key}={getattr(self.config, key)!r}" for key in sorted(self.config.model_fields_set))
-        return f"{type(self).__name__}({shown})"
+
+_REGISTRY: MethodRegistry[Defense] = MethodRegistry(
+    "defense",
+    DefenseCard,
+    packages=("bbfast.defenses.mitigation", "bbfast.defenses.training", "bbfast.defenses.detection"),
+    entry_points="bbfast.defenses",
+    aliases=ALIASES,
+)
 
 
 def register_defense(name: str) -> Callable[[D], D]:
     """Class decorator: register a defense under ``name``; a taken name raises ``ValueError``."""
-
-    def decorate(cls: D) -> D:
-        if not isinstance(getattr(cls, "card", None), DefenseCard):
-            raise TypeError(f"defense {name!r}: {cls.__qualname__}.card must be a DefenseCard")
-        _REGISTRY.register(name)(cls)
-        cls.name = name
-        return cls
-
-    return decorate
+    return _REGISTRY.decorator(name)
 
 
 def find(name: str) -> type[Defense]:
