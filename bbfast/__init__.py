@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING, Any
 from bbfast._version import __version__
 
 if TYPE_CHECKING:
-    from bbfast import analysis, attacks, bench, datasets, defenses, errors, interop, metrics, models, ops, transforms
+    from bbfast import (
+        analysis,
+        attacks,
+        bench,
+        datasets,
+        defenses,
+        errors,
+        interop,
+        metrics,
+        models,
+        ops,
+        studies,
+        transforms,
+    )
     from bbfast.attacks import AttackResult, PoisonedSet, attack
     from bbfast.data import BackdoorSet, DataPair, ImageSet
     from bbfast.defenses import DefenderView, DefenseResult, defend, detect_all
@@ -31,6 +44,7 @@ _MODULES = (
     "metrics",
     "models",
     "ops",
+    "studies",
     "transforms",
 )
 _NAMES = {
@@ -79,6 +93,7 @@ __all__ = [
     "models",
     "ops",
     "predict",
+    "studies",
     "train",
     "transforms",
 ]

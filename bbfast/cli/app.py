@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bbfast._version import __version__
-from bbfast.cli import analyze, attack, bench, defend, demo, doctor, evaluate, info, listing, report
+from bbfast.cli import analyze, attack, bench, defend, demo, doctor, evaluate, info, listing, report, study
 from bbfast.cli._frame import INTERRUPTED
 
 __all__ = ["app", "main"]
@@ -40,7 +40,7 @@ def _root(
     """Backdoor-learning research: attacks, defenses and their evaluation."""
 
 
-for _module in (demo, attack, defend, evaluate, analyze, bench, report, listing, info, doctor):
+for _module in (demo, attack, defend, evaluate, analyze, study, bench, report, listing, info, doctor):
     _module.register(app)
 
 

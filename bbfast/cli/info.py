@@ -66,7 +66,7 @@ def settings_of(kind: str, name: str) -> list[dict[str, Any]]:
 
 def _settings_class(kind: str, name: str) -> type[MethodConfig] | None:
     found: Any = None
-    if kind in ("attacks", "defenses", "analysis"):
+    if kind in ("attacks", "defenses", "analysis", "studies"):
         found = type(importlib.import_module(f"bbfast.{kind}").create(name)).Config
     elif kind == "datasets":
         from bbfast.data.datasets import DATASETS
@@ -99,7 +99,7 @@ def _canonical(kind: str, name: str) -> str:
     if callable(info):
         # It knows the aliases, and what else is close to a name that does not exist.
         return str(info(name)["name"])
-    raise UnknownNameError("analysis tool", name, known)
+    raise UnknownNameError(kind, name, known)
 
 
 def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ class Kind(str, Enum):
     datasets = "datasets"
     models = "models"
     analysis = "analysis"
+    studies = "studies"
 
 
 def names(kind: str) -> list[str]:
@@ -46,7 +47,7 @@ def register(app: typer.Typer) -> None:
         kind: Annotated[Kind | None, typer.Argument(help="What to list; everything if left out.")] = None,
         json: Json = False,
     ) -> None:
-        """List the attacks, defenses, data sets, models and analysis tools by name."""
+        """List the attacks, defenses, data sets, models, analysis tools and studies by name."""
         kinds = [kind] if kind else list(Kind)
         found = {k.value: names(k.value) for k in kinds}
         if json:

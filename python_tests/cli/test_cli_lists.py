@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from bbfast import attacks, datasets, defenses, models
+from bbfast import attacks, datasets, defenses, models, studies
 from bbfast._version import __version__
 from bbfast.cli import doctor
 from bbfast.cli.app import app
@@ -24,7 +24,7 @@ def _run(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments), prog_name="bbfast")
 
 
-@pytest.mark.parametrize("module", [attacks, defenses, datasets, models], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [attacks, defenses, datasets, models, studies], ids=lambda module: module.__name__)
 def test_list_prints_every_registered_name(module: object) -> None:
     kind = module.__name__.removeprefix("bbfast.")  # type: ignore[attr-defined]
     names = module.available()  # type: ignore[attr-defined]
@@ -37,7 +37,7 @@ def test_list_prints_every_registered_name(module: object) -> None:
 
 def test_list_without_a_kind_shows_all_kinds() -> None:
     found = json.loads(_run("list", "--json").stdout)
-    assert list(found) == ["attacks", "defenses", "datasets", "models", "analysis"]
+    assert list(found) == ["attacks", "defenses", "datasets", "models", "analysis", "studies"]
     assert found["attacks"] == attacks.available()
 
 
@@ -54,7 +54,8 @@ def test_a_kind_without_entries_is_an_empty_list(monkeypatch: pytest.MonkeyPatch
     [("attacks", n) for n in attacks.available()]
     + [("defenses", n) for n in defenses.available()]
     + [("datasets", n) for n in datasets.available()]
-    + [("models", n) for n in models.available()],
+    + [("models", n) for n in models.available()]
+    + [("studies", n) for n in studies.available()],
 )
 def test_info_describes_every_entry(kind: str, name: str) -> None:
     as_json, as_text = _run("info", kind, name, "--json"), _run("info", kind, name)
@@ -66,7 +67,7 @@ def test_info_describes_every_entry(kind: str, name: str) -> None:
         assert setting["name"] in as_text.stdout
 
 
-@pytest.mark.parametrize("kind", ["attacks", "defenses", "datasets"])
+@pytest.mark.parametrize("kind", ["attacks", "defenses", "datasets", "studies"])
 def test_every_built_in_setting_says_what_it_means(kind: str) -> None:
     for name in json.loads(_run("list", kind, "--json").stdout):
         for setting in json.loads(_run("info", kind, name, "--json").stdout)["settings"]:
@@ -102,7 +103,7 @@ def test_wrong_kind_is_wrong_usage() -> None:
     assert _run("nonsense").exit_code == 2
 
 
-@pytest.mark.parametrize("name", ["demo", "attack", "defend", "evaluate", "list", "info", "doctor"])
+@pytest.mark.parametrize("name", ["demo", "attack", "defend", "evaluate", "study", "list", "info", "doctor"])
 def test_every_command_has_help_with_examples(name: str) -> None:
     result = _run(name, "--help")
     assert result.exit_code == 0

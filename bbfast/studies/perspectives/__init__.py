@@ -1,0 +1,1 @@
+"""The ten perspectives of BackdoorBench, one file each."""

@@ -1,0 +1,40 @@
+"""Results of a study without a run: its own plan, figures from a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bbfast.bench.results import METRICS, PLACE
+from bbfast.metrics import der
+from bbfast.store import Store
+from bbfast.studies import Results, Study
+from bbfast.studies.run import plans_of
+
+Figures = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+@pytest.fixture
+def hand_made(tmp_path: Path) -> Callable[[Study, Figures], Results]:
+    """``make(study, figures)``: ``figures`` gives ``c_acc`` and ``asr`` of a place (then DER follows), a ``status``, or
+    both."""
+
+    def make(study: Study, figures: Figures) -> Results:
+        plans = plans_of(study, "cpu")
+        rows = []
+        for plan in plans:
+            for cell in plan.cells:
+                place = {"grid": plan.grid.name, **{key: getattr(cell, key) for key in PLACE}}
+                given = {"status": "done", "reason": "", **figures(place)}
+                row = {**place, **dict.fromkeys(METRICS), "seconds": 1.0, "peak_memory_bytes": 2e9, "key": "k", **given}
+                if place["defense"] != "none" and row["der"] is None and row["c_acc"] is not None:
+                    before = figures({**place, "defense": "none"})
+                    row["der"] = der(before["c_acc"], before["asr"], row["c_acc"], row["asr"])
+                rows.append(row)
+        return Results(plans, Store(tmp_path / "none"), torch.device("cpu"), study.name, rows)
+
+    return make
