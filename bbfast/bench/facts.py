@@ -37,8 +37,10 @@ class Facts:
             return pair.num_classes, pair.train.image_size, counts
         classes, total = int(self._info["num_classes"]), int(self._info["train"])
         size = self._info["image_size"]
-        even = [total // classes] * classes if total % classes == 0 else None
-        return classes, (int(size[0]), int(size[1]), int(size[2])), even
+        even = total // classes if total % classes == 0 else None
+        asked = self._data.options.get("classes")
+        kept = min(classes, asked) if isinstance(asked, int) else classes
+        return kept, (int(size[0]), int(size[1]), int(size[2])), None if even is None else [even] * kept
 
     def network(self, model: str) -> nn.Module | str | None:
         """The model without memory for its weights, or why it cannot be built; None if the images are not known."""

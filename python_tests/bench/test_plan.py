@@ -69,6 +69,13 @@ def test_keys_do_not_depend_on_the_company(plan: MakePlan) -> None:
         assert len(shared) == (2 if "clean_fraction" in other else 0)
 
 
+def test_a_part_of_the_classes_is_planned_for_as_such(plan: MakePlan) -> None:
+    data = [{"name": "cifar100", "root": "nowhere", "options": {"classes": k}, "label": f"K={k}"} for k in (10, 100)]
+    cells = plan(datasets=data, attacks=["sig"], ratios=[0.02], defenses=["none"]).cells
+    # One class has 500 images: a tenth of 5,000, a hundredth of 50,000.
+    assert cells[0].reason is None and "asks for 1000" in str(cells[1].reason)
+
+
 def test_the_published_grid() -> None:
     made = make_plan(load_grid("paper"))
     assert len(made.cells) == 15_360

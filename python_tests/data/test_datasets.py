@@ -103,9 +103,21 @@ class TestOptions:
         assert given.train.mean == (0.1, 0.2, 0.3) and given.test.std == (0.4, 0.5, 0.6)
         assert given.flip and given.padding == 0
 
+    def test_the_first_classes_alone(self) -> None:
+        whole, part = datasets.load("digits"), datasets.load("digits", classes=3)
+        assert part.num_classes == 3 and part.class_names == ("0", "1", "2") and part.name == "digits"
+        for of_part, of_whole in ((part.train, whole.train), (part.test, whole.test)):
+            kept = of_whole.labels < 3
+            assert torch.equal(of_part.images, of_whole.images[kept])
+            assert torch.equal(of_part.labels, of_whole.labels[kept])
+        assert part.fingerprint != whole.fingerprint == datasets.load("digits", classes=10).fingerprint
+        assert part.mean != whole.mean
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
+            ({"classes": 11}, "classes must be at most the 10 there are, got 11"),
+            ({"classes": 1}, "classes"),
             ({"normalise": "none"}, r"data set 'digits': unknown setting 'normalise'; did you mean normalize"),
             ({"normalize": "imagenet"}, "normalize"),
             ({"mean": (0.5,) * 3}, "mean and std must be given together"),

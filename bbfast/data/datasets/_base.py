@@ -99,7 +99,7 @@ Side = Annotated[int, Field(ge=1)]
 
 
 class DatasetOptions(MethodConfig):
-    """Options of every built-in data set. None of those declared here changes pixels."""
+    """Options of every built-in data set. None of those declared here changes what is decoded."""
 
     normalize: Literal["auto", "none", "cifar10", "cifar100", "gtsrb", "tiny_imagenet"] | None = Field(
         None,
@@ -109,6 +109,7 @@ class DatasetOptions(MethodConfig):
     std: tuple[float, ...] | None = Field(None, description="standard deviation of every channel; overrides normalize")
     flip: bool | None = Field(None, description="flip images horizontally in training; default: only cifar10")
     padding: int = Field(4, ge=0, description="zero padding of the random training crop, in pixels")
+    classes: int | None = Field(None, ge=2, description="keep only the images of the first so many classes")
     cache: bool | Path | None = Field(
         None, description="folder for the decoded copy, false for none; default: BBFAST_CACHE"
     )
@@ -201,6 +202,8 @@ class Dataset(abc.ABC):
             found = len(getattr(decoded, f"{part}_labels"))
             if expected is not None and found != expected:
                 _log.warning("%s has %d %s images, %d were published", self.name, found, part, expected)
+        if settings.classes is not None:
+            decoded = self._first_classes(decoded, settings.classes)
         channels = decoded.train_images.shape[1]
         if settings.mean is not None and settings.std is not None:
             mean, std = settings.mean, settings.std
@@ -222,6 +225,20 @@ class Dataset(abc.ABC):
             flip=self.flip if settings.flip is None else settings.flip,
             padding=settings.padding,
             fingerprint=decoded.fingerprint,
+        )
+
+    def _first_classes(self, decoded: Decoded, count: int) -> Decoded:
+        if count > len(decoded.class_names):
+            raise ConfigError(
+                f"data set {self.name!r}: classes must be at most the {len(decoded.class_names)} there are, got {count}"
+            )
+        train, test = decoded.train_labels < count, decoded.test_labels < count
+        return Decoded(
+            decoded.train_images[train],
+            decoded.train_labels[train],
+            decoded.test_images[test],
+            decoded.test_labels[test],
+            decoded.class_names[:count],
         )
 
     def remedy(self, root: Path | None) -> str:

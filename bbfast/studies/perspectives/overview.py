@@ -43,7 +43,7 @@ class OverviewConfig(DataConfig):
     model: str = "small_cnn"
     attacks: Listed = Field(("badnets", "blended", "lf", "wanet"), min_length=1)
     ratio: float = Field(0.1, gt=0, le=1)
-    defenses: Listed = Field(("ft", "fp", "clp", "nc", "i_bau"), min_length=1)
+    defenses: Listed = Field(("ft", "fp", "clp", "bnp", "nc"), min_length=1)
 
 
 @register_study("overview")
