@@ -47,7 +47,7 @@ def register(app: typer.Typer) -> None:
         """
         from bbfast import studies
         from bbfast._progress import wanted
-        from bbfast.bench.run import EXECUTORS
+        from bbfast.bench.pools import EXECUTORS
         from bbfast.studies.run import plans_of
 
         with usage():

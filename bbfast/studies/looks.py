@@ -11,26 +11,24 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 """Okabe and Ito's, and two of Tol's: apart for colour-blind readers on white."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _NONE = "#222222"
-_FIRST = tuple(
-    [
-        "ft",
-        "clp",
-        "nc",
-        "fp",
-        "bnp",
-        "i_bau",
-        "anp",
-        "abl",
-        "ft_sam",
-        "nad",
-        "ac",
-        "ss",
-        "d_br",
-        "d_st",
-        "ep",
-        "mbns",
-        "dbd",
-    ]
+_FIRST = (
+    "ft",
+    "clp",
+    "nc",
+    "fp",
+    "bnp",
+    "i_bau",
+    "anp",
+    "abl",
+    "ft_sam",
+    "nad",
+    "ac",
+    "ss",
+    "d_br",
+    "d_st",
+    "ep",
+    "mbns",
+    "dbd",
 )
 """The published defenses, those of the studies' defaults first, so that these differ by colour."""
 
