@@ -12,7 +12,7 @@ from bbfast.bench import Grid
 from bbfast.bench.grid import NO_DEFENSE
 from bbfast.studies.looks import percent
 
-__all__ = ["STATES", "Cube", "cube", "described", "with_none"]
+__all__ = ["STATES", "Cube", "cube", "described", "legend_of", "with_none"]
 
 STATES = ("known", "not applicable", "failed", "attack failed", "no model")
 """What the numbers of ``state`` mean: figures are there; not applicable; no stage, or one that failed or whose attack
@@ -83,6 +83,13 @@ def cube(rows: Sequence[Mapping[str, Any]], axes: Mapping[str, Sequence[Any]]) -
     if "seed" in axes:
         state = _over(state, list(axes).index("seed"))
     return Cube(arrays, state)
+
+
+def legend_of(state: NDArray[np.int8]) -> str:
+    """What the marks of :meth:`Cube.draw_states` mean, for the end of a caption; empty if there are none."""
+    marks = {1: "hatched: not applicable", 2: "!: failed", 3: "crossed: no working attack", 4: "-: gives no model"}
+    said = [words for kind, words in marks.items() if (state == kind).any()]
+    return "; " + "; ".join(said) if said else ""
 
 
 def with_none(defenses: Any) -> Any:

@@ -12,23 +12,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _NONE = "#222222"
 _FIRST = (
-    "ft",
-    "clp",
-    "nc",
-    "fp",
-    "bnp",
-    "i_bau",
-    "anp",
-    "abl",
-    "ft_sam",
-    "nad",
-    "ac",
-    "ss",
-    "d_br",
-    "d_st",
-    "ep",
-    "mbns",
-    "dbd",
+    *("ft", "clp", "nc", "fp", "bnp", "i_bau", "anp", "abl"),
+    *("ft_sam", "nad", "ac", "ss", "d_br", "d_st", "ep", "mbns", "dbd"),
 )
 """The published defenses, those of the studies' defaults first, so that these differ by colour."""
 
@@ -48,9 +33,10 @@ def look(defense: str) -> dict[str, Any]:
     return {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at // len(COLOURS) % len(MARKERS)]}
 
 
-def series(names: Sequence[str]) -> list[dict[str, Any]]:
-    """Colours and markers for a list of anything else, by place."""
-    return [{"color": COLOURS[i % 8], "marker": MARKERS[(i + i // 8) % 8]} for i in range(len(names))]
+def series(names: Sequence[str], skip: int = 0) -> list[dict[str, Any]]:
+    """Colours and markers for a list of anything else, by place; ``skip`` those that stand for something else."""
+    places = range(skip, skip + len(names))
+    return [{"color": COLOURS[i % 8], "marker": MARKERS[(i + i // 8) % 8]} for i in places]
 
 
 def percent(share: float) -> str:

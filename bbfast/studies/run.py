@@ -111,9 +111,10 @@ def run(
     where, place, folder = resolve_device(device), store if isinstance(store, Store) else Store(store), Path(out)
     started = time.perf_counter()
     plans = plans_of(study, device)
-    for plan in plans:
-        pool = make_pool(executor, place.root, plan, workers, gpus)
-        run_plan(plan, place, pool, retry_failed=retry_failed, progress=progress, say=say)
+    if plans:
+        whole = _joined(study.name, plans)
+        pool = make_pool(executor, place.root, whole, workers, gpus)
+        run_plan(whole, place, pool, retry_failed=retry_failed, progress=progress, say=say)
     results = Results(plans, place, where, study.name)
     results.require()
     with torch.random.fork_rng(devices=[where.index or 0] if where.type == "cuda" else []):
@@ -138,6 +139,13 @@ def run(
     (folder / READING).write_text(reading, encoding="utf-8")
     figure = _drawn(study, numbers, folder) if figures else None
     return StudyResult(study.name, figure, data, numbers.summary, numbers, reading, cells)
+
+
+def _joined(name: str, plans: Sequence[Plan]) -> Plan:
+    """One plan with the stages of all, so that workers are started once and none waits for the next grid."""
+    cells = tuple(cell for plan in plans for cell in plan.cells)
+    tasks = {key: task for plan in plans for key, task in plan.tasks.items()}
+    return Plan(plans[0].grid.model_copy(update={"name": name}), cells, tasks)
 
 
 def command(study: Study, store: Path, out: Path) -> str:

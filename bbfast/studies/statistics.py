@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["compare_pairs", "holm", "kendall", "nanmean", "spearman"]
+__all__ = ["compare_pairs", "holm", "kendall", "nanmean", "spearman", "two_way"]
 
 
 def kendall(scores: ArrayLike) -> NDArray[np.float64]:
@@ -73,6 +73,47 @@ def compare_pairs(values: Mapping[str, ArrayLike]) -> list[dict[str, Any]]:
     for row, corrected in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = float(corrected)
     return rows
+
+
+def two_way(values: ArrayLike) -> list[dict[str, Any]]:
+    """Two-way analysis of variance without interaction, ``y_abr = m + a_a + b_b + e``, also with cells missing.
+
+    The sum of squares of a factor is what leaving it out adds to the residual (type II); with no cell missing that is
+    the classic one.
+
+    Args:
+        values: ``[A, B]`` or ``[A, B, repeats]``; NaN is left out.
+
+    Returns:
+        Rows ``first``, ``second`` and ``residual``: ``ss``, ``df``, ``share`` of the total sum of squares, ``f`` and
+        ``p``. F and p are NaN without a degree of freedom of the residual or of the factor, or if nothing varies.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    known = np.argwhere(np.isfinite(array))
+    y = array[tuple(known.T)]
+    parts = [(known[:, axis, None] == np.unique(known[:, axis])).astype(np.float64) for axis in (0, 1)]
+    ones = np.ones((len(y), 1))
+    rest, rank = _residual(y, np.hstack([ones, *parts]))
+    total = _residual(y, ones)[0]
+    left = len(y) - rank
+    rows: list[dict[str, Any]] = []
+    for name, other in (("first", parts[1]), ("second", parts[0])):
+        without, fewer = _residual(y, np.hstack([ones, other]))
+        ss, df = max(without - rest, 0.0), rank - fewer
+        tested = df > 0 and left > 0 and total > 0 and rest > 1e-12 * total
+        f = (ss / df) / (rest / left) if tested else float("nan")
+        p = float(_stats().f.sf(f, df, left)) if tested else float("nan")
+        rows.append({"term": name, "ss": ss, "df": df, "f": f, "p": p})
+    rows.append({"term": "residual", "ss": rest, "df": left, "f": float("nan"), "p": float("nan")})
+    return [{**row, "share": row["ss"] / total if total > 0 else float("nan")} for row in rows]
+
+
+def _residual(y: NDArray[np.float64], design: NDArray[np.float64]) -> tuple[float, int]:
+    """Sum of squares that a linear model leaves, and its rank."""
+    if not len(y):
+        return 0.0, 0
+    fit, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
+    return float(np.square(y - design @ fit).sum()), int(rank)
 
 
 def _stats() -> Any:

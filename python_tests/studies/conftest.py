@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.image import imread
 
+from bbfast.analysis import Numbers
 from bbfast.bench.results import METRICS, PLACE
 from bbfast.metrics import der
 from bbfast.store import Store
 from bbfast.studies import Results, Study
+from bbfast.studies.base import find
 from bbfast.studies.run import plans_of
 
 Figures = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -38,3 +42,18 @@ def hand_made(tmp_path: Path) -> Callable[[Study, Figures], Results]:
         return Results(plans, Store(tmp_path / "none"), torch.device("cpu"), study.name, rows)
 
     return make
+
+
+@pytest.fixture
+def redrawn(tmp_path: Path) -> Callable[[str, Numbers], None]:
+    """``check(name, numbers)``: numbers that were saved and loaded give a figure that is not blank."""
+
+    def check(name: str, numbers: Numbers) -> None:
+        numbers.save(tmp_path / "numbers")
+        find(name).draw(Numbers.load(tmp_path / "numbers")).savefig(tmp_path / "a.png", dpi=60)
+        assert imread(tmp_path / "a.png").std() > 0.01
+        # One to look at, where a caller of the tests asks for it.
+        if folder := os.environ.get("BBFAST_FIGURES"):
+            find(name).draw(numbers).savefig(Path(folder) / f"{name}.png", dpi=110)
+
+    return check

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,9 @@ def test_wrong_usage_of_the_command(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_small_overview_through_the_command(tmp_path: Path) -> None:
+def test_a_small_overview_through_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One thread: on a machine that does other work too, two of them wait for each other.
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
     sets = ["attacks=[badnets]", "defenses=[clp, {name: abl, set: {isolation_ratio: 0.0005}}]", "seeds=[0]"]
     flags = [part for text in [*sets, "recipe={epochs: 2}", "ratio=0.2"] for part in ("--set", text)]
     places = ["--store", tmp_path / "runs", "--device", "cpu", "--workers", 1]

@@ -7,8 +7,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from bbfast.studies.statistics import compare_pairs, holm, kendall, nanmean, spearman
+from bbfast.studies.statistics import compare_pairs, holm, kendall, nanmean, spearman, two_way
 
 
 def test_kendall_is_the_share_of_pairs_in_the_same_order() -> None:
@@ -56,6 +57,32 @@ def test_pairs_are_compared_by_signed_ranks() -> None:
     assert rows["y", "z"]["p"] == 1.0 and rows["y", "z"]["median_difference"] == 0.0
     assert rows["x", "w"]["n"] == 0 and math.isnan(rows["x", "w"]["p_holm"])
     assert rows["x", "y"]["p_holm"] == pytest.approx(3 * exact)  # three pairs have cells in common; x, z ties with it
+
+
+def test_two_way_is_the_classic_one_when_no_cell_is_missing() -> None:
+    y = np.random.default_rng(1).random((3, 4, 2))
+    mean, rows, columns = y.mean(), y.mean((1, 2)), y.mean((0, 2))
+    ss = [8 * np.square(rows - mean).sum(), 6 * np.square(columns - mean).sum()]
+    rest = np.square(y - rows[:, None, None] - columns[None, :, None] + mean).sum()
+    found = two_way(y)
+    assert [row["term"] for row in found] == ["first", "second", "residual"]
+    assert [row["ss"] for row in found] == pytest.approx([*ss, rest])
+    assert [row["df"] for row in found] == [2, 3, 24 - 6] and sum(row["share"] for row in found) == pytest.approx(1)
+    for row, own, df in zip(found, ss, (2, 3), strict=False):
+        assert row["f"] == pytest.approx((own / df) / (rest / 18))
+        assert row["p"] == pytest.approx(stats.f.sf(row["f"], df, 18))
+
+
+def test_two_way_without_all_cells() -> None:
+    y = np.array([[1.0, 2.0, 4.0], [2.0, 3.0, math.nan]])  # rows differ by 1, exactly
+    first, second, rest = two_way(y)
+    assert (
+        first["ss"] == pytest.approx(2 * 2 * 0.25) and second["df"] == 2 and rest["ss"] == pytest.approx(0, abs=1e-20)
+    )
+    assert math.isnan(first["p"])  # nothing is left to test against
+    alone = two_way([[1.0, 2.0]])
+    assert alone[0]["df"] == 0 and alone[1]["df"] == 1 and math.isnan(alone[1]["f"]) and alone[1]["share"] == 1.0
+    assert all(row["ss"] == 0 and math.isnan(row["share"]) for row in two_way(np.full((2, 2), math.nan)))
 
 
 def test_means_of_what_is_known() -> None:

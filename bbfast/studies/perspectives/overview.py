@@ -13,7 +13,7 @@ from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.style import figure
 from bbfast.bench.grid import NO_DEFENSE
 from bbfast.studies.base import DataConfig, Listed, Study, StudyCard, register_study
-from bbfast.studies.cells import Cube, cube, described, with_none
+from bbfast.studies.cells import Cube, cube, described, legend_of, with_none
 from bbfast.studies.looks import look
 from bbfast.studies.results import Results, table
 from bbfast.studies.statistics import compare_pairs, kendall, nanmean
@@ -65,13 +65,13 @@ class Overview(Study):
         title="Attacks against defenses",
         question="Which defense stops which attack, at what price, and does any dominate?",
         reading=(
-            "Left, a row is an attack, a column a defense, both ordered by mean DER: blue is a defense that removes "
-            "the backdoor and keeps the accuracy (DER near 1), white one that does nothing (0.5), red one that harms. "
-            "A column that is blue from top to bottom would be a defense that dominates; look for the rows where the "
-            "left-most columns fade. Bold marks an attack's best defense where its lead is larger than the spread over "
-            "seeds. A crossed cell has no working attack to defend against, a hatched one is not applicable. Right, "
-            "every point is an attack and a defense: lower left is good, upper left did nothing, lower right paid with "
-            "accuracy."
+            "Left, a row is an attack, a column a defense, both ordered by mean DER: blue is a defense that "
+            "removes the backdoor and keeps the accuracy (DER near 1), white one that does nothing (0.5), red one "
+            "that harms. A column that is blue from top to bottom would be a defense that dominates; look for the "
+            "rows where the left-most columns fade. Bold marks an attack's best defense where its lead is larger "
+            "than the spread over seeds. A crossed cell has no working attack to defend against, a hatched one is "
+            "not applicable. Right, every point is an attack and a defense: lower left is good, upper left did "
+            "nothing, lower right paid with accuracy."
         ),
         paper="Wu et al., BackdoorBench, arXiv 2401.15002",
     )
@@ -142,7 +142,7 @@ class Overview(Study):
         meta = numbers.meta
         a, d = len(meta["attacks"]), len(meta["defenses"])
         width, height = max(3.2, 0.62 * d + 1.9), max(3.4, 0.5 * a + 1.6)
-        with figure(width + 5.2, height, meta["caption"]) as made:
+        with figure(width + 5.2, height, meta["caption"] + legend_of(numbers.arrays["state"])) as made:
             left, right = made.subplots(1, 2, width_ratios=(width, 4.6))
             _heat(made, left, numbers)
             _scatter(right, numbers)
@@ -201,7 +201,7 @@ def _heat(made: Any, axis: Any, numbers: Numbers) -> None:
     Cube.draw_states(axis, arrays["state"][np.ix_(rows, columns)])
     shown = axis.imshow(np.ma.masked_invalid(der), cmap="RdBu", vmin=0, vmax=1, aspect="auto")
     for i, j in np.argwhere(np.isfinite(der)).tolist():
-        ink = "w" if abs(der[i, j] - 0.5) > 0.36 else "k"
+        ink = "w" if abs(der[i, j] - 0.5) > 0.3 else "k"
         bold = "bold" if j == int(np.nanargmax(der[i])) and arrays["clear"][rows[i]] else "normal"
         if len(columns) <= _DER_UP_TO:
             axis.text(j, i - 0.12, f"{der[i, j]:.2f}", ha="center", va="center", fontsize=9, color=ink, weight=bold)
