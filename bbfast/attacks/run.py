@@ -22,6 +22,7 @@ from bbfast.evaluation import evaluate
 from bbfast.metrics import c_acc
 from bbfast.store import Store
 from bbfast.training import Recipe, TrainResult, predict_labels, train
+from bbfast.training.callbacks import Callbacks
 from bbfast.training.device import resolve_device
 
 __all__ = ["attack", "data_record", "measured", "new_victim", "record"]
@@ -58,7 +59,8 @@ def attack(
         store: Where what the attack needs (a surrogate, an encoder) is kept and found again: a store or its folder;
             None is a folder in the user's cache (``BBFAST_CACHE``); False keeps nothing.
         progress: Progress bars; None shows them on a terminal.
-        callbacks: As in :func:`bbfast.train`.
+        callbacks: As in :func:`bbfast.train`; ``on_poisoned(flags)``, bool ``[N]``, is called before the training of a
+            poison-only attack.
 
     Returns:
         The model, the poisoned data, the backdoor test set and the metrics.
@@ -95,6 +97,7 @@ def attack(
     poisoned = None if program is not None else method.poison(data.train, seed, rule.num_classes)
     if poisoned is not None:
         program = method.poisoned_program(poisoned)
+        Callbacks(callbacks).poisoned(poisoned.poisoned)
     trained = train(
         victim,
         data.train if poisoned is None else poisoned.as_imageset(),

@@ -30,7 +30,7 @@ class Checkpoint:
         epochs_done: Finished epochs.
         history: Their rows.
         values: Small state: schedule, loss scaler, seconds so far.
-        tensors: ``model``, ``optimizer`` and ``program`` to named tensors.
+        tensors: ``model``, ``optimizer``, ``program`` and ``recording`` to named tensors.
     """
 
     epochs_done: int
@@ -69,10 +69,11 @@ class Checkpoints:
             found = artifact.read(self._path, _KIND)
             wanted, has = sha256_json(self._identity), found.extra.get("identity_hash")
             if has != wanted:
-                different = sorted(k for k, v in self._identity.items() if found.config.get(k) != to_json(v))
+                names = {*self._identity, *found.config}
+                different = sorted(k for k in names if found.config.get(k) != to_json(self._identity.get(k)))
                 _log.warning("checkpoint %s is of another run (%s): starting anew", self._path, ", ".join(different))
                 return None
-            stems = ("model", "optimizer", "program")
+            stems = ("model", "optimizer", "program", "recording")
             tensors = {stem: found.tensors(stem) if stem in found.extra["stems"] else {} for stem in stems}
             extra = found.extra
             return Checkpoint(extra["epochs_done"], extra["history"], extra["values"], tensors)

@@ -22,7 +22,7 @@ from bbfast.data.loader import Batch, BatchLoader, derive_seed
 from bbfast.errors import BBFastError, DivergedError
 from bbfast.training._checks import check_arguments, check_fit
 from bbfast.training._tally import Tally
-from bbfast.training.callbacks import Callbacks, EpochInfo
+from bbfast.training.callbacks import Callbacks, EpochInfo, StartInfo
 from bbfast.training.checkpoint import Checkpoint, Checkpoints
 from bbfast.training.device import Numerics, choose_numerics, placed, resolve_device
 from bbfast.training.measure import measure
@@ -96,8 +96,8 @@ def train(
         backdoor_test: Measured as ASR, and as R-Acc if it is a :class:`~bbfast.data.imageset.BackdoorSet`.
         seed: Seed of order, augmentation, dropout and the program's draws.
         device: Where to train; the model stays there.
-        callbacks: Objects with ``on_epoch_end(info)`` and / or ``on_end(info)``
-            (:class:`~bbfast.training.callbacks.EpochInfo`).
+        callbacks: Objects with ``on_start(info)``, ``on_step(info)``, ``on_epoch_end(info)`` or ``on_end(info)``, see
+            :mod:`bbfast.training.callbacks`.
         program: What happens within a step; None is plain supervised training.
         checkpoint: Folder for checkpoints, written at the ends of epochs, at most a twentieth of the time; None keeps
             none.
@@ -132,8 +132,8 @@ def train(
         try:
             if program.classifies:
                 check_fit(model, where, numerics, train=train, test=test, backdoor_test=backdoor_test)
-            run = _Run(model, train, recipe, program, seed, where, numerics, checkpoint)
-            return run.go(test, backdoor_test, hooks, progress, description)
+            run = _Run(model, train, recipe, program, seed, where, numerics, checkpoint, hooks)
+            return run.go(test, backdoor_test, progress, description)
         except RuntimeError as error:
             if recipe.deterministic and "deterministic" in str(error):
                 reason = str(error).split(". ")[0]
@@ -158,9 +158,10 @@ class _Run:
         device: torch.device,
         numerics: Numerics,
         checkpoint: str | Path | None,
+        hooks: Callbacks,
     ) -> None:
         self.model, self.train, self.recipe, self.program = model, train, recipe, program
-        self.seed, self.device, self.numerics = seed, device, numerics
+        self.seed, self.device, self.numerics, self.hooks = seed, device, numerics, hooks
         self.loader = BatchLoader(
             train,
             recipe.batch_size,
@@ -183,13 +184,13 @@ class _Run:
         self,
         test: ImageSet | None,
         backdoor_test: ImageSet | None,
-        hooks: Callbacks,
         progress: bool | None,
         description: str,
     ) -> TrainResult:
         """Train from the start or from the checkpoint to the end."""
         started = time.perf_counter()
         epochs, steps = self.recipe.epochs, len(self.loader)
+        self.hooks.start(StartInfo(self.model, self.train, epochs, steps, self.device))
         if epochs:
             self._prepare(steps)
             first = self._resume()
@@ -206,11 +207,11 @@ class _Run:
                 bar.show(shown)
                 _log.info("%s: %s", description, row)
                 info = EpochInfo(epoch, epochs, self.model, row)
-                hooks.epoch_end(info)
+                self.hooks.epoch_end(info)
                 if self.checkpoints.due(last=epoch == epochs - 1):
                     self._save(epoch + 1, self.earlier_seconds + time.perf_counter() - started)
             if self.history:
-                hooks.end(EpochInfo(epochs - 1, epochs, self.model, self.history[-1]))
+                self.hooks.end(EpochInfo(epochs - 1, epochs, self.model, self.history[-1]))
         times = [row["seconds"] for row in self.history]
         return TrainResult(
             model=self.model,
@@ -278,6 +279,7 @@ class _Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.program.after_step(self.model)
+        self.hooks.step(batch, loss, logits, self.model)
 
     def _set_lr(self, epoch: int, step: int) -> None:
         waiting = epoch < self.schedule_start
@@ -300,6 +302,8 @@ class _Run:
             "program": self.program.describe(),
             "precision": self.numerics.precision,
             "device": self.device.type,
+            # Only if there is any: what is kept of half a run would be worth nothing.
+            **({"recording": kept} if (kept := self.hooks.describe()) else {}),
         }
 
     def _save(self, epochs_done: int, seconds: float) -> None:
@@ -307,6 +311,7 @@ class _Run:
             "model": dict(self.model.state_dict()),
             "optimizer": optimizer_state(self.optimizer),
             "program": self.program.state(),
+            "recording": self.hooks.state(),
         }
         values = {"schedule": self.schedule.state(), "scaler": self.scaler.state_dict(), "seconds": seconds}
         self.checkpoints.write(Checkpoint(epochs_done, self.history, values, tensors))
@@ -318,6 +323,7 @@ class _Run:
         self.model.load_state_dict(found.tensors["model"])
         load_optimizer_state(self.optimizer, found.tensors["optimizer"])
         self.program.load_state({name: value.to(self.device) for name, value in found.tensors["program"].items()})
+        self.hooks.load_state(found.tensors["recording"])
         self.schedule.load_state(found.values["schedule"])
         self.scaler.load_state_dict(found.values["scaler"])
         self.history = list(found.history)
