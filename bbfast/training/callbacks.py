@@ -22,6 +22,8 @@ class StartInfo:
     Args:
         model: The model, on ``device``.
         train: The training set, on ``device``.
+        test: What C-Acc is measured on, on ``device``; None if it is not.
+        backdoor_test: What ASR is measured on, on ``device``; None if it is not.
         epochs: Epochs in all.
         steps: Steps an epoch.
         device: Where the run computes.
@@ -29,6 +31,8 @@ class StartInfo:
 
     model: nn.Module
     train: ImageSet
+    test: ImageSet | None
+    backdoor_test: ImageSet | None
     epochs: int
     steps: int
     device: torch.device

@@ -190,7 +190,7 @@ class _Run:
         """Train from the start or from the checkpoint to the end."""
         started = time.perf_counter()
         epochs, steps = self.recipe.epochs, len(self.loader)
-        self.hooks.start(StartInfo(self.model, self.train, epochs, steps, self.device))
+        self.hooks.start(StartInfo(self.model, self.train, test, backdoor_test, epochs, steps, self.device))
         if epochs:
             self._prepare(steps)
             first = self._resume()

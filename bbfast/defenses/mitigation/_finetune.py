@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -108,6 +108,7 @@ def finetune(
     lr: float,
     tag: str,
     program: Program | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> list[dict[str, Any]]:
     """Train ``model`` in place on ``images`` with every parameter free; with 0 epochs not one bit of it changes.
 
@@ -120,6 +121,7 @@ def finetune(
         lr: Learning rate.
         tag: Name of this training: of its seed, its checkpoint and its progress bar.
         program: Hooks into the training step.
+        callbacks: As in :func:`bbfast.train`.
 
     Returns:
         One dict an epoch.
@@ -136,6 +138,7 @@ def finetune(
             seed=view.derive_seed(tag),
             device=view.device,
             program=program,
+            callbacks=callbacks,
             checkpoint=view.checkpoint / tag if view.checkpoint is not None else None,
             progress=view.progress,
             description=f"{view.method}: {tag}",
