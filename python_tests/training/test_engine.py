@@ -142,7 +142,9 @@ def test_callbacks(make_set: MakeSet, make_net: MakeNet, recipe: Recipe) -> None
     result = train(make_net(), make_set(20), recipe, device="cpu", callbacks=[spy])
     assert spy.calls == [("epoch", 0, 3), ("epoch", 1, 3), ("epoch", 2, 3), ("end", 2, 3)]
     assert spy.rows == result.history
-    with pytest.raises(TypeError, match="callbacks must have a method on_start or on_step or on_epoch_end or on_end, got <function"):
+    with pytest.raises(
+        TypeError, match="callbacks must have a method on_start or on_step or on_epoch_end or on_end, got <function"
+    ):
         train(make_net(), make_set(20), recipe, callbacks=[lambda info: None])
 
 
