@@ -62,7 +62,7 @@ def test_a_paraboloid(badnets: AttackResult, monkeypatch: pytest.MonkeyPatch) ->
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10, bias=False))
     stand_in: Any = SimpleNamespace(model=model)
-    monkeypatch.setattr(tool, "_evaluate", lambda net, *_: (float(net[1].weight.double().square().sum()), 1.0))
+    monkeypatch.setattr(tool, "loss_and_share", lambda net, *_: (float(net[1].weight.double().square().sum()), 1.0))
     found = LossLandscape(points=5, n=4).measure(Subject(badnets, stand_in, CPU)).arrays["loss_clean"]
     whole = float(model[1].weight.detach().double().square().sum())
     even = (found + found[::-1, ::-1]) / 2

@@ -20,7 +20,7 @@ from bbfast.analysis.subject import Subject
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["LossLandscape", "directions", "moved"]
+__all__ = ["LossLandscape", "directions", "loss_and_share", "moved"]
 
 _CEILING, _RADIUS, _DRAWN = 1e4, 0.25, 10.0
 
@@ -147,7 +147,7 @@ class LossLandscape(Tool):
                         if config.bn == "recalibrate":
                             _recalibrate(subject.model, sets[0][0])
                         for side, (batches, labels) in enumerate(sets):
-                            found[side, i, j], found[2 + side, i, j] = _evaluate(subject.model, batches, labels)
+                            found[side, i, j], found[2 + side, i, j] = loss_and_share(subject.model, batches, labels)
             finally:
                 for value, before in buffers:
                     value.copy_(before)
@@ -198,7 +198,7 @@ class LossLandscape(Tool):
         return made
 
 
-def _evaluate(model: nn.Module, batches: list[Tensor], labels: Tensor) -> tuple[float, float]:
+def loss_and_share(model: nn.Module, batches: list[Tensor], labels: Tensor) -> tuple[float, float]:
     """Mean cross-entropy and share of ``labels`` that the model says."""
     loss, right, start = 0.0, 0, 0
     for x in batches:
