@@ -11,8 +11,10 @@ from bbfast.studies.looks import look
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["label_edges", "make_panels", "panel_size", "shared_legend"]
+__all__ = ["BANDS_UP_TO", "label_edges", "make_panels", "panel_size", "shared_legend"]
 
+BANDS_UP_TO = 6
+"""Defenses in a panel up to which bands and second lines can be told apart; with more they stay in the numbers."""
 _ACROSS = 4
 _WIDTH, _HEIGHT, _EXTRA = 2.7, 2.5, 1.0
 
@@ -26,7 +28,7 @@ def _shape(count: int) -> tuple[int, int]:
 def panel_size(count: int) -> tuple[float, float]:
     """Width and height in inches of a figure of ``count`` panels."""
     rows, columns = _shape(count)
-    return max(_WIDTH * columns + 0.4, 5.4), _HEIGHT * rows + _EXTRA
+    return max(_WIDTH * columns + 0.4, 6.0), _HEIGHT * rows + _EXTRA
 
 
 def make_panels(made: Figure, count: int, *, share_x: bool = True, share_y: bool = True) -> list[Any]:
@@ -58,5 +60,5 @@ def shared_legend(made: Figure, defenses: Sequence[str], lines: Mapping[str, str
 
     handles = [Line2D([], [], lw=1.8, ms=5, label=name, **look(name)) for name in defenses]
     handles += [Line2D([], [], color="#555555", ls=style, label=kind) for kind, style in (lines or {}).items()]
-    across = max(3, min(len(handles), int(made.get_figwidth() / 1.15)))
-    made.legend(handles=handles, loc="outside upper center", ncols=across)
+    rows = math.ceil(len(handles) / max(3, int(made.get_figwidth() / 0.95)))
+    made.legend(handles=handles, loc="outside upper center", ncols=math.ceil(len(handles) / rows), columnspacing=1.4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,8 +51,5 @@ def redrawn(tmp_path: Path) -> Callable[[str, Numbers], None]:
         numbers.save(tmp_path / "numbers")
         find(name).draw(Numbers.load(tmp_path / "numbers")).savefig(tmp_path / "a.png", dpi=60)
         assert imread(tmp_path / "a.png").std() > 0.01
-        # One to look at, where a caller of the tests asks for it.
-        if folder := os.environ.get("BBFAST_FIGURES"):
-            find(name).draw(numbers).savefig(Path(folder) / f"{name}.png", dpi=110)
 
     return check

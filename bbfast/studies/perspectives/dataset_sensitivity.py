@@ -14,9 +14,9 @@ from bbfast.bench.grid import DataEntry
 from bbfast.studies.base import Listed, Study, StudyCard, StudyConfig, register_study
 from bbfast.studies.cells import cube, described, with_none
 from bbfast.studies.looks import look
-from bbfast.studies.panels import shared_legend
+from bbfast.studies.panels import BANDS_UP_TO, shared_legend
 from bbfast.studies.perspectives._factor import anova_arrays, factor_findings, factor_summary, measure_factor
-from bbfast.studies.perspectives._factor_bars import draw_bars, draw_plain, draw_spread
+from bbfast.studies.perspectives._factor_bars import draw_factor, factor_size
 from bbfast.studies.results import Results, Row, table
 from bbfast.studies.statistics import nanmean, spearman
 
@@ -43,7 +43,6 @@ class DatasetSensitivityConfig(StudyConfig):
         defenses: Defenses, like attacks; none is always added.
     """
 
-    seeds: tuple[int, ...] = Field((0, 1), min_length=1)
     datasets: tuple[str | dict[str, Any], ...] = Field(("digits",), min_length=1)
     classes: tuple[int, ...] = (3, 5, 10)
     classes_of: str | dict[str, Any] = "digits"
@@ -159,24 +158,18 @@ class DatasetSensitivity(Study):
 
     @staticmethod
     def draw(numbers: Numbers) -> Figure:
-        meta, arrays = numbers.meta, numbers.arrays
-        several, swept = len(meta["levels"]) > 1, "classes" in arrays
-        levels, a, d = len(meta["levels"]), len(meta["attacks"]), len(meta["defenses"]) - 1
-        above = [max(2.2, 0.3 * a * levels), max(2.8, 0.3 * d * levels), 2.6]
-        width = max(sum(above) + 2.2 if several or not swept else 0, 10.2)
-        rows = 1 + (several and swept)
-        with figure(width, 3.7 * rows + 0.4, meta["caption"]) as made:
-            grid = made.add_gridspec(rows, 1)
-            if several or not swept:
-                axes: Any = grid[0].subgridspec(1, 3, width_ratios=above).subplots()
-                for axis, part in zip(axes, (draw_plain, draw_bars, draw_spread), strict=True):
-                    part(axis, numbers)
-                if several:
-                    axes[0].set_title("without a defense", pad=24)
-                    axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(4, levels), fontsize=8)
+        swept = "classes" in numbers.arrays
+        several = len(numbers.meta["levels"]) > 1 or not swept
+        width, height = factor_size(numbers) if several else (0.0, 0.0)
+        with figure(max(width, 10.2), height + 3.9 * swept + 0.2, numbers.meta["caption"]) as made:
+            heights = [height] * several + [3.7] * swept
+            grid = made.add_gridspec(len(heights), 1, height_ratios=heights)
+            if several:
+                draw_factor(grid[0], numbers)
             if swept:
-                _draw_sweep(grid[rows - 1].subgridspec(1, 3).subplots(), numbers)
-                shared_legend(made, meta["defenses"])
+                spec = grid[len(heights) - 1].subgridspec(1, 3)
+                _draw_sweep([made.add_subplot(spec[0, i]) for i in range(3)], numbers)
+                shared_legend(made, numbers.meta["defenses"])
         return made
 
 
@@ -195,7 +188,7 @@ def _measured(results: Results, rows: Sequence[Row], attack: str, dataset: str) 
 
 def _draw_sweep(axes: Any, numbers: Numbers) -> None:
     meta, arrays = numbers.meta, numbers.arrays
-    counts = arrays["classes"]
+    counts, few = arrays["classes"], len(meta["defenses"]) <= BANDS_UP_TO
     for axis, key, label in (
         (axes[0], "sweep_asr", "ASR, %"),
         (axes[1], "sweep_d_c_acc", "accuracy lost to the defense, points"),
@@ -206,19 +199,21 @@ def _draw_sweep(axes: Any, numbers: Numbers) -> None:
                 continue
             style = look(name)
             axis.plot(counts, nanmean(values[j], 1), "-", **style, ms=5, lw=1.8, zorder=3)
-            if values.shape[2] > 1 and np.isfinite(values[j]).any(axis=1).all():
+            if few and values.shape[2] > 1 and np.isfinite(values[j]).any(axis=1).all():
                 low, high = np.nanmin(values[j], 1), np.nanmax(values[j], 1)
                 axis.fill_between(counts, low, high, color=style["color"], alpha=0.13, lw=0)
-        axis.set(title="mean over attacks, band over seeds", ylabel=label)
+        axis.set(title="mean over attacks", ylabel=label)
     axes[0].set_ylim(0, 102)
     axes[1].axhline(0, color="#777777", lw=0.8, ls=":")
     fine = np.linspace(counts[0], counts[-1], 100)
     ratio = meta["ratio"]
     axes[2].plot(fine, 100 * ratio / (ratio + 1 / fine), color="#777777", lw=1.2, label="r / (r + 1/K)")
-    markers = "osDv^PX*"
-    for i, attack in enumerate(meta["attacks"]):
-        shares = 100 * arrays["measured_contamination"][i]
-        axes[2].plot(counts, shares, markers[i % 8], ms=9 - 2 * (i % 4), mfc="none", mec="#222222", label=attack)
+    measured = 100 * arrays["measured_contamination"]
+    if np.isfinite(measured).any():
+        mean = nanmean(measured, 0)
+        ends = np.abs(np.stack([np.nanmin(measured, 0), np.nanmax(measured, 0)]) - mean)
+        what = {"label": "measured, mean and range over attacks"}
+        axes[2].errorbar(counts, mean, ends, fmt="o", ms=5, capsize=3, color="#222222", **what)
     axes[2].set(title="contamination of the target class", ylabel="poisoned, % of its images", ylim=(0, 102))
     axes[2].legend(fontsize=8, loc="lower right", title=None)
     for axis in axes:

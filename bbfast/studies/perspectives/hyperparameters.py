@@ -53,14 +53,14 @@ class HyperparametersConfig(DataConfig):
     defenses: Listed = Field(("ft", "clp"), min_length=1)
     attack_sweeps: dict[str, dict[str, Values]] = Field(
         default={
-            "badnets": {"square_size": (1, 2, 4, 6), "distance_to_right": (7, 14), "target": (1, 4, 7)},
-            "blended": {"train_alpha+test_alpha": (0.05, 0.1, 0.4)},
+            "badnets": {"square_size": (1, 2, 4), "target": (2, 5, 8)},
+            "blended": {"train_alpha+test_alpha": (0.05, 0.1)},
         }
     )
     defense_sweeps: dict[str, dict[str, Values]] = Field(
-        default={"ft": {"epochs": (10, 30, 200), "lr": (0.005, 0.05, 0.1)}, "clp": {"u": (1.0, 2.0, 4.0)}}
+        default={"ft": {"epochs": (10, 30), "lr": (0.005, 0.1)}, "clp": {"u": (1.0, 2.0, 4.0)}}
     )
-    clean_fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.01, 0.02, 0.1)
+    clean_fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.02, 0.1)
     clean_fraction_of: tuple[str, ...] = ("ft",)
 
 

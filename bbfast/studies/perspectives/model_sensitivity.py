@@ -12,7 +12,7 @@ from bbfast.analysis.style import figure
 from bbfast.studies.base import DataConfig, Listed, Study, StudyCard, register_study
 from bbfast.studies.cells import STATES, described, with_none
 from bbfast.studies.perspectives._factor import anova_arrays, factor_findings, factor_summary, measure_factor
-from bbfast.studies.perspectives._factor_bars import draw_bars, draw_plain, draw_spread
+from bbfast.studies.perspectives._factor_bars import draw_factor, factor_size
 from bbfast.studies.results import Results, table
 
 if TYPE_CHECKING:
@@ -90,13 +90,6 @@ class ModelSensitivity(Study):
 
     @staticmethod
     def draw(numbers: Numbers) -> Figure:
-        meta = numbers.meta
-        levels, a, d = len(meta["levels"]), len(meta["attacks"]), len(meta["defenses"]) - 1
-        widths = [max(2.2, 0.3 * a * levels), max(2.8, 0.3 * d * levels), 2.6]
-        with figure(sum(widths) + 2.2, 3.9, meta["caption"]) as made:
-            axes = made.subplots(1, 3, width_ratios=widths)
-            for axis, part in zip(axes, (draw_plain, draw_bars, draw_spread), strict=True):
-                part(axis, numbers)
-            handles, labels = axes[0].get_legend_handles_labels()
-            made.legend(handles, labels, loc="outside upper center", ncols=min(6, levels))
+        with figure(*factor_size(numbers), numbers.meta["caption"]) as made:
+            draw_factor(made.add_gridspec(1, 1)[0], numbers)
         return made

@@ -177,7 +177,7 @@ def _findings(summary: dict[str, Any], pairs: list[dict[str, Any]], seeds: int) 
     if "best_defense" in summary:
         one = "; it dominates" if summary["dominated_by_one"] else ", so none dominates"
         lines.append(
-            f"The highest mean DER is {summary['best_defense']}'s, {summary['best_defense_der']:.3f}; it is the best "
+            f"The highest mean DER is that of {summary['best_defense']}, {summary['best_defense_der']:.3f}; it is best "
             f"against {summary['best_defense_wins']} of {summary['attacks_that_work']} attacks{one}."
         )
     if np.isfinite(summary["tau_defenses"]):
@@ -212,7 +212,8 @@ def _heat(made: Any, axis: Any, numbers: Numbers) -> None:
     labels = [f"{meta['attacks'][i]} ({100 * float(nanmean(arrays['attack_asr'][i])):.0f})" for i in rows]
     names = [meta["defenses"][j] for j in columns]
     axis.set_yticks(range(len(rows)), labels)
-    axis.set_xticks(range(len(columns)), names, rotation=45 if max(map(len, names)) * len(names) > 40 else 0)
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if sum(map(len, names)) > 40 else {}
+    axis.set_xticks(range(len(columns)), names, **turned)
     axis.spines[:].set_visible(True)
     axis.set(title="DER; small: ASR after the defense, %", ylabel="attack (its ASR, %)", xlabel="defense")
     made.colorbar(shown, ax=axis, label="mean DER", shrink=0.85)

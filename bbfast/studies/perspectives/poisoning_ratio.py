@@ -14,7 +14,7 @@ from bbfast.analysis.style import figure
 from bbfast.studies.base import DataConfig, Listed, Study, StudyCard, register_study
 from bbfast.studies.cells import cube, described, with_none
 from bbfast.studies.looks import look, percent
-from bbfast.studies.panels import label_edges, make_panels, panel_size, shared_legend
+from bbfast.studies.panels import BANDS_UP_TO, label_edges, make_panels, panel_size, shared_legend
 from bbfast.studies.results import Results, table
 from bbfast.studies.statistics import nanmean, spearman
 
@@ -38,7 +38,6 @@ class PoisoningRatioConfig(DataConfig):
         defenses: Defenses, like attacks; none is always added.
     """
 
-    seeds: tuple[int, ...] = Field((0, 1), min_length=1)
     model: str = "small_cnn"
     attacks: Listed = Field(("badnets", "blended"), min_length=1)
     ratios: tuple[float, ...] = Field((0.01, 0.02, 0.05, 0.1, 0.2), min_length=1)
@@ -85,10 +84,11 @@ class PoisoningRatio(Study):
         question="Does a stronger attack make a stronger backdoor, also after a defense?",
         reading=(
             "A panel is an attack; solid lines are the ASR, dashed ones the R-Acc of the same defense, bands reach "
-            "from the lowest to the highest seed. The black line, without a defense, rises with the ratio. Under "
-            "several defenses the paper saw the ASR rise and then fall sharply at high ratios: a stronger backdoor "
-            "is easier to find or to unlearn. Look for solid lines with a peak in the middle, and whether the "
-            "dashed line of the same colour rises where they fall: only then are the images recognised again."
+            "from the lowest to the highest seed (with more than six defenses the last two are in the numbers alone). "
+            "The black line, without a defense, rises with the ratio. Under several defenses the paper saw the ASR "
+            "rise and then fall sharply at high ratios: a stronger backdoor is easier to find or to unlearn. Look for "
+            "solid lines with a peak in the middle, and whether the dashed line of the same colour rises where they "
+            "fall: only then are the images recognised again."
         ),
         paper="Wu et al., BackdoorBench, arXiv 2401.15002",
     )
@@ -151,19 +151,20 @@ class PoisoningRatio(Study):
     @staticmethod
     def draw(numbers: Numbers) -> Figure:
         meta, arrays = numbers.meta, numbers.arrays
-        ratios = np.array(meta["ratios"])
+        ratios, few = np.array(meta["ratios"]), len(meta["defenses"]) <= BANDS_UP_TO
+        lines = [("asr", "-", 1.8), ("r_acc", "--", 1.0)] if few else [("asr", "-", 1.4)]
         with figure(*panel_size(len(meta["attacks"])), meta["caption"]) as made:
             axes = make_panels(made, len(meta["attacks"]))
             for i, (axis, attack) in enumerate(zip(axes, meta["attacks"], strict=True)):
                 for j, name in enumerate(meta["defenses"]):
                     style = look(name)
-                    for key, line, width in (("asr", "-", 1.8), ("r_acc", "--", 1.0)):
+                    for key, line, width in lines:
                         values = 100 * arrays[key][i, :, j]
                         if not np.isfinite(values).any():
                             continue  # an empty line, unclipped, would upset the layout
                         wide = {"lw": width + (0.6 if name == "none" else 0), "ms": 5 if key == "asr" else 0}
                         axis.plot(ratios, nanmean(values, 1), line, **style, **wide, clip_on=False, zorder=3)
-                        if key == "asr" and values.shape[1] > 1 and np.isfinite(values).any(axis=1).all():
+                        if few and key == "asr" and values.shape[1] > 1 and np.isfinite(values).any(axis=1).all():
                             low, high = np.nanmin(values, 1), np.nanmax(values, 1)
                             axis.fill_between(ratios, low, high, color=style["color"], alpha=0.13, lw=0)
                 axis.set(title=attack, xscale="log", ylim=(0, 100))
@@ -171,7 +172,7 @@ class PoisoningRatio(Study):
                 axis.minorticks_off()
                 axis.grid(axis="y", color="#E5E5E5", lw=0.6)
             label_edges(axes, "poisoned, % of the training set (log)", "share of triggered images, %")
-            shared_legend(made, meta["defenses"], {"ASR": "-", "R-Acc": "--"})
+            shared_legend(made, meta["defenses"], {"ASR": "-", "R-Acc": "--"} if few else {"ASR": "-"})
         return made
 
 
@@ -192,7 +193,7 @@ def _findings(
     if drops and max(drops)[0] > 0:
         drop, attack, defense, ratio = max(drops)
         lines.append(
-            f"The largest fall is {attack}'s under {defense}: {100 * drop:.0f} points after its peak at "
+            f"The largest fall is that of {attack} under {defense}: {100 * drop:.0f} points after its peak at "
             f"{percent(ratio)}."
         )
     return lines
