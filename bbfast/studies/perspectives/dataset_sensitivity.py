@@ -76,12 +76,13 @@ class DatasetSensitivity(Study):
         title="Data sets and number of classes",
         question="What does the data set decide, and what of it is only its number of classes?",
         reading=(
-            "Below, the first K classes of one data set at the same number of images a class: the ASR (black: "
-            "without a defense), the accuracy that a defense costs, and the contamination, the share of the images "
-            "labelled as the target that are poisoned. Where the ASR after a defense follows the contamination, it "
-            "is the number of classes that makes a data set easy to attack, not its images. Above, if several data "
-            "sets are given: ASR without a defense, mean DER of each defense with its worst and best attack, and "
-            "how much that moves between data sets."
+            "Below, the first K classes of one data set at the same number of images a class: the ASR (black: without "
+            "a defense), the accuracy that a defense costs, and the contamination, the share of the images labelled as "
+            "the target that are poisoned. Where the ASR after a defense follows the contamination, it is the number "
+            "of classes that makes a data set easy to attack, not its images. Fewer classes are fewer images too, so "
+            "fewer steps at the same number of epochs: where even the black line falls, train longer before reading "
+            "on. Above, if several data sets are given: ASR without a defense, mean DER of each defense with its worst "
+            "and best attack, and how much that moves between data sets."
         ),
         paper="Wu et al., BackdoorBench, arXiv 2401.15002",
     )
