@@ -13,7 +13,7 @@ from bbfast.bench.plan import Cell, Plan, Task, make_plan
 from bbfast.bench.pool import LocalPool, Pool
 from bbfast.bench.pools import local_pool, make_pool
 from bbfast.bench.presets import GRIDS
-from bbfast.bench.results import aggregate, grid_rows, pivot, to_csv, to_json
+from bbfast.bench.results import aggregate, grid_rows, pivot, select, to_csv, to_json
 from bbfast.bench.run import Summary, run_plan
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "pivot",
     "remove_garbage",
     "run_plan",
+    "select",
     "to_csv",
     "to_json",
     "write_parquet",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ Place = tuple[str, str, str, float, str]
 
 class Comparison(dict[str, Any]):
     """``cells``: rows with both figures and their difference (ours minus theirs); ``coverage``: counts;
-    ``summary``: mean and mean absolute difference of each metric."""
+    ``summary``: mean and mean absolute difference of each metric; ``apart``: of what part of a place (data set, model,
+    attack, ratio, defense) the two tables have nothing in common, with both sides' values."""
 
 
 def load_published(path: str | Path) -> dict[Place, dict[str, float | None]]:
@@ -103,7 +104,15 @@ def compare(rows: Sequence[Mapping[str, Any]], published: Mapping[Place, Mapping
         "matched": len(cells),
         "ours_only": len(ours.keys() - filled),
     }
-    return Comparison(cells=cells, coverage=coverage, summary=summary)
+    return Comparison(cells=cells, coverage=coverage, summary=summary, apart=_apart(ours, filled))
+
+
+def _apart(ours: Iterable[Place], theirs: Iterable[Place]) -> dict[str, tuple[list[Any], list[Any]]]:
+    columns = ("dataset", "model", "attack", "ratio", "defense")
+    sides = [[sorted(set(values)) for values in zip(*places, strict=True)] for places in (list(ours), list(theirs))]
+    if not all(sides):
+        return {}
+    return {key: (a, b) for key, a, b in zip(columns, *sides, strict=True) if not set(a) & set(b)}
 
 
 def _attack(name: str) -> str:

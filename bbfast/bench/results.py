@@ -13,15 +13,17 @@ from typing import Any
 from bbfast.bench.index import COLUMNS, opened
 from bbfast.bench.outcomes import Book
 from bbfast.bench.plan import Plan
+from bbfast.errors import UnknownNameError
 from bbfast.store import Store
 
-__all__ = ["METRICS", "PLACE", "aggregate", "grid_rows", "pivot", "to_csv", "to_json"]
+__all__ = ["COSTS", "METRICS", "PLACE", "aggregate", "grid_rows", "pivot", "select", "to_csv", "to_json"]
 
 PLACE = ("dataset", "model", "attack", "ratio", "seed", "defense")
 """Where a cell stands."""
 METRICS = ("c_acc", "asr", "r_acc", "der", "rir", "tpr", "fpr", "auroc")
 """What is measured: fractions."""
-_COSTS = ("seconds", "peak_memory_bytes")
+COSTS = ("seconds", "peak_memory_bytes")
+"""What it took."""
 
 
 def grid_rows(plan: Plan, store: Store, *, costs: bool = False, folders: bool = False) -> list[dict[str, Any]]:
@@ -38,7 +40,7 @@ def grid_rows(plan: Plan, store: Store, *, costs: bool = False, folders: bool = 
         folders: Add ``folder``, where the result lies; empty if there is none.
     """
     known = Book(store).read_all(plan.tasks)
-    kept = (*METRICS, *(_COSTS if costs else ()))
+    kept = (*METRICS, *(COSTS if costs else ()))
     with opened(store) as (index, damaged):
         found = index.by_folder([outcome.folder for outcome in known.values() if outcome.folder])
     rows = []
@@ -61,14 +63,39 @@ def grid_rows(plan: Plan, store: Store, *, costs: bool = False, folders: bool = 
     return rows
 
 
+def select(rows: Sequence[Mapping[str, Any]], where: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows at certain places.
+
+    Args:
+        rows: See :func:`grid_rows`.
+        where: Key of a place, or ``status``, to the value or list of values that a row must have.
+
+    Raises:
+        ValueError: if there is no such key.
+        UnknownNameError: if no row has such a value, with the nearest that there are.
+    """
+    kept = [dict(row) for row in rows]
+    for key, wanted in where.items():
+        if key not in (*PLACE, "status"):
+            raise ValueError(f"where takes {', '.join(PLACE)} and status, got {key!r}")
+        known = {row[key] for row in rows}
+        values = wanted if isinstance(wanted, (list, tuple)) else [wanted]
+        if absent := [value for value in values if value not in known]:
+            raise UnknownNameError(key, str(absent[0]), [str(value) for value in known])
+        kept = [row for row in kept if row[key] in values]
+    return kept
+
+
 def aggregate(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str] = METRICS) -> list[dict[str, Any]]:
-    """One row for each place, over its seeds: ``n``, mean and ``<metric>_std`` (of the sample; None for one seed)."""
+    """One row for each place, over its seeds: ``n`` seeds that have figures, mean and ``<metric>_std`` (of the sample;
+    None for one seed)."""
     places: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     keys = [key for key in PLACE if key != "seed"]
     for row in rows:
         places.setdefault(tuple(row[key] for key in keys), []).append(row)
     table = []
     for place, members in places.items():
+        members = [row for row in members if row.get("status", "done") == "done"]
         out: dict[str, Any] = {**dict(zip(keys, place, strict=True)), "n": len(members)}
         for metric in metrics:
             values = [float(row[metric]) for row in members if row.get(metric) is not None]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from bbfast.cli._frame import command, emit_json, note, screen, usage
 from bbfast.cli._options import Json, parse_settings
@@ -33,6 +32,7 @@ def register(app: typer.Typer) -> None:
     def plan(source: Source, store: StorePath = _RUNS, settings: Set = [], json: Json = False) -> None:  # noqa: B006
         """Show what a grid takes: cells, stages, what is shared, what is not applicable and why, time and disk."""
         from bbfast.bench.cost import estimate
+        from bbfast.cli import _bench_tables as tables
         from bbfast.store import Store
 
         made = _planned(source, settings)
@@ -58,7 +58,7 @@ def register(app: typer.Typer) -> None:
             soft_wrap=True,
         )
         if reasons:
-            console.print(_reasons(reasons))
+            console.print(tables.reasons(reasons))
         unknown = f"; {left.unmeasured} stages have no measurement in the store" if left.unmeasured else ""
         console.print(
             f"left: {left.left} stages, {_time(left.seconds)} one after another, {left.disk_bytes / 1e9:.1f} GB"
@@ -111,19 +111,26 @@ def register(app: typer.Typer) -> None:
         from collections import Counter
 
         from bbfast.bench import grid_rows
+        from bbfast.cli import _bench_tables as tables
         from bbfast.store import Store
 
         rows = grid_rows(_planned(source, settings), _there(Store(store.expanduser())))
         counts = Counter(row["status"] for row in rows)
+        refused = Counter(row["reason"] for row in rows if row["status"] == "not_applicable")
         failed = [row for row in rows if row["status"] == "failed"]
         if json:
-            emit_json({"cells": len(rows), "status": counts, "failed": failed})
+            emit_json({"cells": len(rows), "status": counts, "failed": failed, "not_applicable": refused})
             return
         shown = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(counts.items()))
         screen().print(f"{len(rows)} cells: {shown}", markup=False)
-        for row in failed:
-            where = " ".join(str(row[key]) for key in ("dataset", "model", "attack", "ratio", "defense"))
-            screen().print(f"  {where}, seed {row['seed']}: {row['reason']}", markup=False, soft_wrap=True)
+        if refused:
+            screen().print(tables.reasons(refused))
+        if failed:
+            screen().print("failed")
+        for line in tables.failures(failed):
+            screen().print(line, markup=False, soft_wrap=True)
+        if left := counts["missing"] + counts["blocked"]:
+            note(f"{left} cells are left: bbfast bench run {source} --store {store} goes on")
 
     @command(
         bench,
@@ -147,19 +154,17 @@ def register(app: typer.Typer) -> None:
         json: Json = False,
     ) -> None:
         """Show a grid's figures: its cells, or attacks by defenses with --pivot."""
-        from bbfast.bench import aggregate, grid_rows, to_csv, write_parquet
-        from bbfast.bench.results import PLACE
+        from bbfast.bench import aggregate, grid_rows, select, to_csv, write_parquet
+        from bbfast.bench.results import COSTS, METRICS
+        from bbfast.cli import _bench_tables as tables
         from bbfast.store import Store
 
-        made, place = _planned(source, settings), _there(Store(store.expanduser()))
+        rows = grid_rows(_planned(source, settings), _there(Store(store.expanduser())), costs=costs)
         with usage():
-            wanted = parse_settings(where, "--where")
-            if unknown := [key for key in wanted if key not in PLACE]:
-                raise ValueError(f"--where takes {', '.join(PLACE)}, got {unknown[0]!r}")
-        rows = grid_rows(made, place, costs=costs)
-        rows = [row for row in rows if all(str(row[key]) == str(value) for key, value in wanted.items())]
+            rows = select(rows, parse_settings(where, "--where"))
+        without = sum(row["status"] != "done" for row in rows)
         if mean:
-            rows = aggregate(rows)
+            rows = aggregate(rows, (*METRICS, *(COSTS if costs else ())))
         if csv is not None:
             csv.expanduser().write_text(to_csv(rows), encoding="utf-8")
             note(f"{len(rows)} rows in {csv}")
@@ -170,9 +175,13 @@ def register(app: typer.Typer) -> None:
             emit_json(rows)
         elif pivot is not None:
             with usage():
-                screen().print(_pivoted(rows, pivot))
+                for title, table in tables.pivoted(rows, pivot, screen().width):
+                    screen().print(title, markup=False, soft_wrap=True)
+                    screen().print(table)
         elif csv is None and parquet is None:
-            screen().print(_listed(rows))
+            screen().print(tables.listed([row for row in rows if (row["n"] if mean else row["status"] == "done")]))
+        if without and not json:
+            note(f"{without} of the cells have no figures: bbfast bench status {source} --store {store} shows why")
 
     @command(bench, "gc", examples="bbfast bench gc paper mine.yaml --store runs/")
     def gc(
@@ -203,29 +212,40 @@ def register(app: typer.Typer) -> None:
         published: Annotated[Path, typer.Argument(help="CSV of the published table.")],
         store: StorePath = _RUNS,
         settings: Set = [],  # noqa: B006
+        csv: Annotated[Path | None, typer.Option(help="Write the matched cells to this file.")] = None,
         json: Json = False,
     ) -> None:
         """Put a grid's figures beside a published leaderboard: matched cells, differences, coverage."""
         from bbfast.bench import compare as compared
-        from bbfast.bench import grid_rows, load_published
+        from bbfast.bench import grid_rows, load_published, to_csv
+        from bbfast.cli import _bench_tables as tables
         from bbfast.store import Store
 
         rows = grid_rows(_planned(source, settings), _there(Store(store.expanduser())))
         found = compared(rows, load_published(published))
+        if csv is not None and found["cells"]:
+            csv.expanduser().write_text(to_csv(found["cells"]), encoding="utf-8")
+            note(f"{len(found['cells'])} cells in {csv}")
         if json:
             emit_json(found)
             return
         console, coverage = screen(), found["coverage"]
         console.print(
             f"{coverage['matched']} cells in both; {coverage['ours_only']} only ours; the published table has "
-            f"{coverage['published']} filled and {coverage['published_empty']} empty"
+            f"{coverage['published']} filled and {coverage['published_empty']} empty",
+            soft_wrap=True,
         )
+        for key, (mine, theirs) in found["apart"].items():
+            console.print(f"  no {key} in both: ours {mine}, theirs {theirs}", markup=False, soft_wrap=True)
         for metric, summary in found["summary"].items():
             if summary["n"]:
                 console.print(
                     f"  {metric}: ours minus theirs {100 * summary['mean_difference']:+.2f} points on average, "
-                    f"{100 * summary['mean_absolute_difference']:.2f} in absolute value ({summary['n']} cells)"
+                    f"{100 * summary['mean_absolute_difference']:.2f} in absolute value ({summary['n']} cells)",
+                    soft_wrap=True,
                 )
+        if found["summary"]["asr"]["n"]:
+            console.print(tables.differences(found["cells"], "asr"))
 
 
 def _planned(source: str, settings: list[str]) -> Plan:
@@ -247,44 +267,6 @@ def _unless_bar() -> Any:
     from bbfast._progress import wanted
 
     return (lambda line: None) if wanted(None) else note
-
-
-def _reasons(reasons: dict[str, int]) -> Table:
-    table = Table(title="not applicable", title_justify="left", box=None, pad_edge=False, show_header=False)
-    table.add_column(justify="right")
-    table.add_column()
-    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
-        table.add_row(str(count), reason)
-    return table
-
-
-def _listed(rows: list[dict[str, Any]]) -> Table:
-    from bbfast.bench.results import METRICS, PLACE
-
-    shown = [key for key in (*PLACE, "status", "n", *METRICS) if rows and key in rows[0]]
-    shown = [key for key in shown if key not in METRICS or any(row[key] is not None for row in rows)]
-    table = Table(box=None, pad_edge=False)
-    for key in shown:
-        table.add_column(key, justify="right" if key in METRICS else "left")
-    for row in rows:
-        table.add_row(*(_percent(row[key]) if key in METRICS else str(row[key]) for key in shown))
-    return table
-
-
-def _pivoted(rows: list[dict[str, Any]], value: str) -> Table:
-    from bbfast.bench import pivot
-
-    down, across, cells = pivot(rows, value)
-    table = Table(title=f"{value}, %", title_justify="left", box=None, pad_edge=False)
-    for name in ("attack", *map(str, across)):
-        table.add_column(name, justify="left" if name == "attack" else "right")
-    for name in down:
-        table.add_row(str(name), *(_percent(cells.get((name, other))) for other in across))
-    return table
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
 
 
 def _time(seconds: float) -> str:

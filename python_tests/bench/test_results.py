@@ -24,11 +24,12 @@ from bbfast.bench import (
     load_published,
     pivot,
     run_plan,
+    select,
     to_csv,
     to_json,
     write_parquet,
 )
-from bbfast.errors import ArtifactError, MissingExtraError
+from bbfast.errors import ArtifactError, MissingExtraError, UnknownNameError
 from bbfast.store import Content, Store
 
 MakePlan = Callable[..., Plan]
@@ -90,6 +91,18 @@ def test_means_over_seeds(ran: tuple[Plan, Store]) -> None:
     assert cell["n"] == 2 and cell["c_acc"] == pytest.approx(first + 0.005)
     assert cell["c_acc_std"] == pytest.approx(0.01 / math.sqrt(2)) and cell["tpr"] is None
     assert aggregate(rows[:0]) == []
+    (half,) = aggregate([{**row, "status": "missing" if row["seed"] else "done"} for row in grid_rows(*ran)][:1])
+    assert half["n"] == 1 and half["c_acc"] is not None
+
+
+def test_rows_by_what_they_have(ran: tuple[Plan, Store]) -> None:
+    rows = grid_rows(*ran)
+    assert len(select(rows, {"attack": "sig", "defense": ["nc", "ft"], "seed": 11, "ratio": 0.05})) == 2
+    assert select(rows, {}) == rows and len(select(rows, {"status": "done"})) == 12
+    with pytest.raises(ValueError, match=r"where takes dataset, .* and status, got 'colour'"):
+        select(rows, {"colour": "red"})
+    with pytest.raises(UnknownNameError, match="unknown attack 'badnet'; did you mean 'badnets'"):
+        select(rows, {"attack": "badnet"})
 
 
 def test_pivots(ran: tuple[Plan, Store]) -> None:
@@ -185,7 +198,13 @@ def test_beside_a_published_table(tmp_path: Path) -> None:
         "mean_difference": pytest.approx(0.1),
         "mean_absolute_difference": pytest.approx(0.1),
     }
-    assert found["summary"]["asr"]["n"] == 1
+    assert found["summary"]["asr"]["n"] == 1 and found["apart"] == {}
+    other = compare([{**row("lf", "nc", 0.6, 0.8), "dataset": "digits"}], published)
+    assert other["apart"] == {
+        "dataset": (["digits"], ["tiny_imagenet"]),
+        "attack": (["lf"], ["badnets", "input_aware"]),
+        "defense": (["nc"], ["i_bau", "none", "ss"]),
+    }
 
 
 def test_published_tables_that_cannot_be_read(tmp_path: Path) -> None:

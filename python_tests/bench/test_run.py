@@ -162,7 +162,7 @@ def test_workers_killed_at_random_moments(plan: MakePlan, tmp_path: Path, times:
                 victim.kill()
                 killed.append(victim.pid)
 
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     while len(killed) < times:
         go(made, root, bench_workers.slow, retry_failed=True)

@@ -57,8 +57,12 @@ def test_status_and_results(ran: tuple[Path, Path], tmp_path: Path) -> None:
     assert "abl unlearns at least 2 isolated samples" in rows[2]["reason"]
     only = _json(_run("results", ran[0], "--store", ran[1], "--where", "defense=clp", "--mean", "--json"))
     assert len(only) == 1 and only[0]["n"] == 1 and only[0]["c_acc"] == rows[1]["c_acc"]
-    table = _run("results", ran[0], "--store", ran[1], "--pivot", "c_acc").stdout
-    assert f"{100 * rows[0]['c_acc']:.1f}" in table and "abl" in table
+    pivoted = _run("results", ran[0], "--store", ran[1], "--pivot", "c_acc")
+    assert f"{100 * rows[0]['c_acc']:.1f}" in pivoted.stdout and "abl" not in pivoted.stdout
+    assert "c_acc, %: digits, small_cnn, ratio 0.1" in pivoted.stdout
+    assert "1 of the cells have no figures" in pivoted.stderr
+    shown = _run("status", ran[0], "--store", ran[1])
+    assert "2 done, 1 not applicable" in shown.stdout and "abl unlearns at least 2" in shown.stdout
     done = _run("results", ran[0], "--store", ran[1], "--csv", tmp_path / "t.csv")
     assert done.exit_code == 0 and len(list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))) == 3
 
@@ -70,7 +74,12 @@ def test_compare(ran: tuple[Path, Path], tmp_path: Path) -> None:
     )
     found = _json(_run("compare", ran[0], tmp_path / "p.csv", "--store", ran[1], "--json"))
     assert found["coverage"]["matched"] == 1 and found["cells"][0]["c_acc_difference"] == found["cells"][0]["c_acc"]
-    assert "1 cells in both; 1 only ours" in _run("compare", ran[0], tmp_path / "p.csv", "--store", ran[1]).stdout
+    shown = _run("compare", ran[0], tmp_path / "p.csv", "--store", ran[1], "--csv", tmp_path / "both.csv")
+    assert "1 cells in both; 1 only ours" in shown.stdout and "the largest differences" in shown.stdout
+    assert len(list(csv.DictReader((tmp_path / "both.csv").read_text().splitlines()))) == 1
+    (tmp_path / "p.csv").write_text((tmp_path / "p.csv").read_text().replace("digits", "cifar10"))
+    shown = _run("compare", ran[0], tmp_path / "p.csv", "--store", ran[1])
+    assert "no dataset in both: ours ['digits'], theirs ['cifar10']" in shown.stdout
 
 
 @pytest.mark.parametrize(
@@ -89,6 +98,8 @@ def test_wrong_usage(arguments: tuple[object, ...], status: int, words: str) -> 
 
 def test_results_takes_known_names_only(ran: tuple[Path, Path]) -> None:
     done = _run("results", ran[0], "--store", ran[1], "--where", "colour=red")
-    assert done.exit_code == 2 and "--where takes dataset, model, attack" in done.stderr
+    assert done.exit_code == 2 and "where takes dataset, model, attack" in done.stderr
+    done = _run("results", ran[0], "--store", ran[1], "--where", "defense=cpl")
+    assert done.exit_code == 2 and "did you mean 'clp'" in done.stderr
     done = _run("results", ran[0], "--store", ran[1], "--pivot", "acc")
     assert done.exit_code == 2 and "the results have no 'acc'" in done.stderr
