@@ -27,6 +27,11 @@ from bbfast.store import Store
 
 WIDTH = 1000  # pixels of a picture in the documentation
 COLOURS = 128
+SMALLER: dict[str, dict[str, Any]] = {
+    "hessian": {"n": 300, "m": 40, "probes": 2, "trace_probes": 10},
+    "loss_landscape": {"points": 21},
+}
+"""For tools whose defaults take a CPU core an hour."""
 
 
 def shrink(figure: Path, out: Path) -> None:
@@ -79,13 +84,15 @@ def main() -> None:
     ]
     for name in given.tools:
         card = analysis.info(name)
-        lines += ["", f"## {card['title']}", "", str(card["question"])]
+        less = ", ".join(f"{key} = {value}" for key, value in SMALLER.get(name, {}).items())
+        lines += ["", f"## {card['title']}", "", str(card["question"]) + (f" With {less}." if less else "")]
         for label, result, folder in (
             ("attacked", None, attacked.folder),
             (f"after {given.defense}", repaired.result, repaired.folder),
         ):
             try:
-                found = run(name, attacked.result, result, store.root / "analysis" / folder.name / name)
+                place = store.root / "analysis" / folder.name / name
+                found = run(name, attacked.result, result, place, **SMALLER.get(name, {}))
             except BBFastError as error:
                 lines += ["", f"{label}: {error}"]
                 print(f"{name}, {label}: {error}", flush=True)
