@@ -206,13 +206,17 @@ class Hyperparameters(Study):
         return made
 
 
+def _area(value: float) -> str:
+    return f", area {value:.3f}." if np.isfinite(value) else "."
+
+
 def _findings(panels: list[dict[str, Any]], areas: Any, gaps: Any, summary: dict[str, Any]) -> list[str]:
     lines = [
         f"Over {len(panels)} settings the mean area under the DER curve is {summary['mean_area']:.3f}, and the best "
         f"value gains {summary['mean_gap']:.3f} over the default."
     ]
     every = [
-        (value, f"{panel['title']}, {name}: area {own:.3f}, best minus default {value:+.3f}.")
+        (value, f"{panel['title']}, {name}: best minus default {value:+.3f}" + _area(own))
         for panel, row, those in zip(panels, gaps, areas, strict=True)
         for name, value, own in zip(panel["lines"], row, those, strict=True)
         if np.isfinite(value)
