@@ -167,8 +167,9 @@ class Representation(Study):
     def draw(numbers: Numbers) -> Figure:
         meta = numbers.meta
         columns = [(attack, ratio) for attack in meta["attacks"] for ratio in meta["ratios"]]
-        with figure(1.8 + 2.9 * len(columns), 9.2, meta["caption"]) as made:
-            axes: Any = made.subplots(4, len(columns), sharey="row", squeeze=False)
+        rows = 4 if meta["defenses"] else 3
+        with figure(max(4.7, 1.8 + 2.9 * len(columns)), 2.3 * rows, meta["caption"]) as made:
+            axes: Any = made.subplots(rows, len(columns), sharey="row", squeeze=False)
             for own, (attack, ratio) in zip(axes.T, columns, strict=True):
                 here = [
                     i
@@ -185,7 +186,7 @@ class Representation(Study):
                 "Gini of the change",
                 "change of the top 20\nchannels, clean sd",
             )
-            for axis, word in zip(axes[:, 0], words, strict=True):
+            for axis, word in zip(axes[:, 0], words, strict=False):
                 axis.set_ylabel(word)
             from matplotlib.lines import Line2D
 
@@ -230,6 +231,8 @@ def _draw_column(axes: Any, numbers: Numbers, here: Sequence[int]) -> None:
     _named(axes[0], meta["blocks"])
     for axis in axes[1:3]:
         axis.set_xticks(range(0, len(meta["layers"]), max(1, len(meta["layers"]) // 7)))
+    if not meta["defenses"]:
+        return
     ends = [(1.6 * k + x, word) for k, name in enumerate(meta["defenses"]) for x, word in ((0, "none"), (1, name))]
     axes[3].set_xticks([x for x, _ in ends], [word for _, word in ends])
     # Changes of one channel differ by decades from those of another.
