@@ -74,7 +74,7 @@ class LocalPool:
         root: The store.
         workers: Number of processes.
         limits: What one stage may use.
-        threads: Threads of torch in each; None divides the cores.
+        threads: Threads of torch in each; None divides those that torch has in this process (``OMP_NUM_THREADS``).
         devices: Device of each worker, in turn, where a stage's is ``auto``; None leaves it so.
         work: What a worker does with a stage; a function that can be imported.
     """
@@ -93,7 +93,9 @@ class LocalPool:
             raise ValueError(f"workers must be at least 1, got {workers}")
         self._context = multiprocessing.get_context("spawn")
         self._limits = limits or Limits()
-        threads = threads or max(1, len(os.sched_getaffinity(0)) // workers)
+        import torch
+
+        threads = threads or max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0))) // workers)
         self._arguments = [
             (str(root), threads, devices[i % len(devices)] if devices else None, work) for i in range(workers)
         ]

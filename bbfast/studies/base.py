@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DataConfig",
     "Listed",
+    "Share",
     "Study",
     "StudyCard",
     "StudyConfig",
@@ -34,6 +35,9 @@ __all__ = [
 ]
 
 T = TypeVar("T", bound="type[Study]")
+
+Share = Annotated[float, Field(gt=0, le=1)]
+"""A share of the training set that is poisoned: a grid takes 0 too, where there is nothing to study."""
 
 Listed = tuple[str | dict[str, Any], ...] | Literal["all"]
 """Attacks or defenses as a grid lists them: names, mappings with ``name``, ``label`` and ``set``, or ``all``."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.style import figure
 from bbfast.bench.grid import DataEntry
-from bbfast.studies.base import Listed, Study, StudyCard, StudyConfig, register_study
+from bbfast.studies.base import Listed, Share, Study, StudyCard, StudyConfig, register_study
 from bbfast.studies.cells import cube, described, with_none
 from bbfast.studies.looks import look
 from bbfast.studies.panels import BANDS_UP_TO, shared_legend
@@ -48,7 +48,7 @@ class DatasetSensitivityConfig(StudyConfig):
     classes_of: str | dict[str, Any] = "digits"
     model: str = "small_cnn"
     attacks: Listed = Field(("badnets", "blended"), min_length=1)
-    ratio: float = Field(0.1, gt=0, le=1)
+    ratio: Share = 0.1
     defenses: Listed = Field(("ft", "clp", "bnp"), min_length=1)
 
 

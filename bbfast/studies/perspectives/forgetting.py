@@ -11,7 +11,7 @@ from pydantic import Field
 
 from bbfast import metrics
 from bbfast.analysis.numbers import Numbers
-from bbfast.studies.base import DataConfig, Listed, Study, StudyCard, register_study
+from bbfast.studies.base import DataConfig, Listed, Share, Study, StudyCard, register_study
 from bbfast.studies.cells import described
 from bbfast.studies.perspectives._forgetting_figure import drawn
 from bbfast.studies.perspectives._recorded import Recorded, record
@@ -45,7 +45,7 @@ class ForgettingConfig(DataConfig):
 
     model: str = "small_cnn"
     attacks: Listed = Field(("badnets", "blended", "ftrojan"), min_length=1)
-    ratios: tuple[float, ...] = Field((0.01, 0.1), min_length=1)
+    ratios: tuple[Share, ...] = Field((0.01, 0.1), min_length=1)
     mode: Literal["train", "eval"] = "train"
     finetune: bool = True
     finetune_settings: dict[str, Any] = Field(default_factory=dict)

@@ -11,7 +11,7 @@ from pydantic import Field
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.style import figure
 from bbfast.bench.grid import NO_DEFENSE
-from bbfast.studies.base import DataConfig, Listed, Study, StudyCard, register_study
+from bbfast.studies.base import DataConfig, Listed, Share, Study, StudyCard, register_study
 from bbfast.studies.cells import cube, described, with_none
 from bbfast.studies.looks import look, series
 from bbfast.studies.panels import label_edges, make_panels, panel_size
@@ -48,7 +48,7 @@ class HyperparametersConfig(DataConfig):
     """
 
     model: str = "small_cnn"
-    ratio: float = Field(0.1, gt=0, le=1)
+    ratio: Share = 0.1
     attacks: Listed = Field(("badnets", "blended"), min_length=1)
     defenses: Listed = Field(("ft", "clp"), min_length=1)
     attack_sweeps: dict[str, dict[str, Values]] = Field(

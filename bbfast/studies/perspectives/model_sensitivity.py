@@ -9,7 +9,7 @@ from pydantic import Field
 
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.style import figure
-from bbfast.studies.base import DataConfig, Listed, Study, StudyCard, register_study
+from bbfast.studies.base import DataConfig, Listed, Share, Study, StudyCard, register_study
 from bbfast.studies.cells import STATES, described, with_none
 from bbfast.studies.perspectives._factor import anova_arrays, factor_findings, factor_summary, measure_factor
 from bbfast.studies.perspectives._factor_bars import draw_factor, factor_size
@@ -35,7 +35,7 @@ class ModelSensitivityConfig(DataConfig):
 
     models: tuple[str, ...] = Field(("small_cnn", "resnet18"), min_length=1)
     attacks: Listed = Field(("badnets", "blended"), min_length=1)
-    ratio: float = Field(0.1, gt=0, le=1)
+    ratio: Share = 0.1
     defenses: Listed = Field(("ft", "fp", "clp", "bnp"), min_length=1)
 
 

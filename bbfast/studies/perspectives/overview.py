@@ -12,7 +12,7 @@ from pydantic import Field
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.style import figure
 from bbfast.bench.grid import NO_DEFENSE
-from bbfast.studies.base import DataConfig, Listed, Study, StudyCard, register_study
+from bbfast.studies.base import DataConfig, Listed, Share, Study, StudyCard, register_study
 from bbfast.studies.cells import Cube, cube, described, legend_of, with_none
 from bbfast.studies.looks import look
 from bbfast.studies.results import Results, table
@@ -42,7 +42,7 @@ class OverviewConfig(DataConfig):
     seeds: tuple[int, ...] = Field((0, 1), min_length=1)
     model: str = "small_cnn"
     attacks: Listed = Field(("badnets", "blended", "lf", "wanet"), min_length=1)
-    ratio: float = Field(0.1, gt=0, le=1)
+    ratio: Share = 0.1
     defenses: Listed = Field(("ft", "fp", "clp", "bnp", "nc"), min_length=1)
 
 

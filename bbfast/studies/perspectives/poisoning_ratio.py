@@ -11,7 +11,7 @@ from pydantic import Field
 
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.style import figure
-from bbfast.studies.base import DataConfig, Listed, Study, StudyCard, register_study
+from bbfast.studies.base import DataConfig, Listed, Share, Study, StudyCard, register_study
 from bbfast.studies.cells import cube, described, with_none
 from bbfast.studies.looks import look, percent
 from bbfast.studies.panels import BANDS_UP_TO, label_edges, make_panels, panel_size, shared_legend
@@ -40,7 +40,7 @@ class PoisoningRatioConfig(DataConfig):
 
     model: str = "small_cnn"
     attacks: Listed = Field(("badnets", "blended"), min_length=1)
-    ratios: tuple[float, ...] = Field((0.01, 0.02, 0.05, 0.1, 0.2), min_length=1)
+    ratios: tuple[Share, ...] = Field((0.01, 0.02, 0.05, 0.1, 0.2), min_length=1)
     defenses: Listed = Field(("ft", "clp", "bnp"), min_length=1)
 
 

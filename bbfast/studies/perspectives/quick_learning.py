@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from bbfast.analysis.numbers import Numbers
-from bbfast.studies.base import DataConfig, Listed, Study, StudyCard, register_study
+from bbfast.studies.base import DataConfig, Listed, Share, Study, StudyCard, register_study
 from bbfast.studies.cells import described
 from bbfast.studies.perspectives._learning_figure import drawn
 from bbfast.studies.perspectives._probe import COLUMNS, GradientProbe
@@ -44,7 +44,7 @@ class QuickLearningConfig(DataConfig):
 
     model: str = "small_cnn"
     attacks: Listed = Field(("badnets", "blended", "ftrojan"), min_length=1)
-    ratios: tuple[float, ...] = Field((0.01, 0.1), min_length=1)
+    ratios: tuple[Share, ...] = Field((0.01, 0.1), min_length=1)
     fine_epochs: int = Field(2, ge=0)
     every: int | None = Field(None, ge=1)
     probe: int = Field(256, ge=1)

@@ -13,7 +13,7 @@ from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.style import figure
 from bbfast.analysis.subject import Subject
 from bbfast.bench.grid import NO_DEFENSE
-from bbfast.studies.base import DataConfig, Listed, Study, StudyCard, register_study
+from bbfast.studies.base import DataConfig, Listed, Share, Study, StudyCard, register_study
 from bbfast.studies.cells import described, with_none
 from bbfast.studies.looks import MARKERS, look
 from bbfast.studies.perspectives import _depth as depth
@@ -47,7 +47,7 @@ class RepresentationConfig(DataConfig):
     attacks: Listed = Field(
         ("badnets", "blended", {"name": "sig", "label": "sig, dirty", "set": {"label_mode": "all2one"}}), min_length=1
     )
-    ratios: tuple[float, ...] = Field((0.1,), min_length=1)
+    ratios: tuple[Share, ...] = Field((0.1,), min_length=1)
     defenses: Listed = ("ft", "fp")
     probe: int = Field(500, ge=5)
     n: int = Field(500, ge=1)

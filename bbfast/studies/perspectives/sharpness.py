@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.subject import Subject
 from bbfast.bench.grid import NO_DEFENSE
-from bbfast.studies.base import DataConfig, Listed, Study, StudyCard, register_study
+from bbfast.studies.base import DataConfig, Listed, Share, Study, StudyCard, register_study
 from bbfast.studies.cells import described, with_none
 from bbfast.studies.perspectives._paths import kept_path
 from bbfast.studies.perspectives._sharp import curvature, cuts, findings, half_radius
@@ -55,7 +55,7 @@ class SharpnessConfig(DataConfig):
     attacks: Listed = Field(
         ("badnets", "blended", {"name": "sig", "label": "sig, dirty", "set": {"label_mode": "all2one"}}), min_length=1
     )
-    ratio: float = Field(0.1, gt=0, le=1)
+    ratio: Share = 0.1
     defenses: Listed = Field(("ft", "ft_sam"), min_length=1)
     after: str = "ft"
     benign: bool = True

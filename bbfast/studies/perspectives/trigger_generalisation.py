@@ -16,7 +16,7 @@ from bbfast.analysis.subject import Pairs, Subject
 from bbfast.bench.grid import NO_DEFENSE
 from bbfast.data.imageset import ImageSet
 from bbfast.errors import UnknownNameError
-from bbfast.studies.base import DataConfig, Listed, Study, StudyCard, register_study
+from bbfast.studies.base import DataConfig, Listed, Share, Study, StudyCard, register_study
 from bbfast.studies.cells import described, with_none
 from bbfast.studies.perspectives._trigger_figure import drawn
 from bbfast.studies.perspectives._trigger_table import as_row, findings
@@ -54,7 +54,7 @@ class TriggerGeneralisationConfig(DataConfig):
     attacks: Listed = Field(
         ("badnets", "blended", {"name": "sig", "label": "sig, dirty", "set": {"label_mode": "all2one"}}), min_length=1
     )
-    ratio: float = Field(0.1, gt=0, le=1)
+    ratio: Share = 0.1
     defenses: Listed = ("ft", "fp")
     families: tuple[str, ...] = Field(tuple(FAMILIES), min_length=1)
     values: dict[str, tuple[float, ...]] = Field(default_factory=dict)
