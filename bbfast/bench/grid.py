@@ -211,7 +211,7 @@ def _content(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any
     if isinstance(source, Mapping):
         return "grid", dict(source)
     path = Path(source).expanduser()
-    if isinstance(source, str) and path.suffix not in (".yaml", ".yml") and not path.exists():
+    if isinstance(source, str) and path.suffix not in (".yaml", ".yml") and not path.is_file():
         return f"grid {source!r}", _preset(source)
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))

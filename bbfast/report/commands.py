@@ -72,9 +72,10 @@ def defense_command(config: Mapping[str, Any], attack: str) -> str | None:
 
 
 def changed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a result's own method that are not its defaults; all of them if the method is not known.
+    """Settings of a result's own method that are not its defaults, all of them if the method is not known; of an attack
+    also what its recipe changes in the nearest preset.
 
-    The poisoned share is left out: tables have a column for it.
+    Left out is what tables have a column for, the poisoned share, and what changes no result (``eval_every``).
     """
     from bbfast import attacks, defenses
 
@@ -87,7 +88,10 @@ def changed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     except UnknownNameError:
         defaults = {}
     given = config["defense_config" if "defense" in config else "attack_config"]
-    return {key: value for key, value in given.items() if key != "ratio" and defaults.get(key, _UNKNOWN) != value}
+    changed = {key: value for key, value in given.items() if key != "ratio" and defaults.get(key, _UNKNOWN) != value}
+    if "defense" not in config and config.get("recipe") and defaults:
+        changed |= {key: value for key, value in _recipe(config)[1].items() if key != "eval_every"}
+    return changed
 
 
 def _recipe(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -95,7 +99,9 @@ def _recipe(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     from bbfast import attacks
     from bbfast.bench.stages import recipe_for
 
-    method = attacks.create(str(config["attack"]), **config["attack_config"])
+    # Ratio 0 is a grid's to ask for, and no recipe depends on how much is poisoned.
+    settings = {key: value for key, value in config["attack_config"].items() if key not in ("ratio", "count")}
+    method = attacks.create(str(config["attack"]), **settings)
     offers = []
     for preset in _PRESETS:
         plain = recipe_for(method, preset, str(config["data"]["name"]), str(config["model"]["name"]))

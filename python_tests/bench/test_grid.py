@@ -79,7 +79,7 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], error: type[Exception],
         load_grid({**OWN, **changes})
 
 
-def test_bad_files(tmp_path: Path) -> None:
+def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"cannot read the grid .*none\.yaml: No such file"):
         load_grid(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- badnets\n")
@@ -90,6 +90,10 @@ def test_bad_files(tmp_path: Path) -> None:
         load_grid(tmp_path / "bad.yaml")
     with pytest.raises(UnknownNameError, match="unknown grid preset 'papers'; did you mean 'paper'"):
         load_grid("papers")
+    (tmp_path / "smoke").mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert load_grid("smoke").name == "smoke", "a folder of results of that name is no grid"
     (tmp_path / "base.yaml").write_text("base: nothing\n")
     with pytest.raises(UnknownNameError, match="unknown grid preset 'nothing'"):
         load_grid(tmp_path / "base.yaml")

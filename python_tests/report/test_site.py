@@ -69,7 +69,8 @@ def test_a_shared_cell_is_shown_once_and_a_result_of_no_grid_as_well(ran: Ran, t
 def test_settings_tell_apart_what_has_the_same_place(ran: Ran) -> None:
     records, _ = read_records(ran[0])
     by_defense = {record.row["defense"]: record for record in records.values()}
-    assert by_defense["clp"].changed == "" and by_defense["ss"].changed == "retrain = false"
+    assert by_defense["none"].changed == "epochs = 1" and by_defense["clp"].changed == "badnets: epochs = 1"
+    assert by_defense["ss"].changed == "badnets: epochs = 1; ss: retrain = false"
     assert changed_settings({"attack": "gone", "attack_config": {"ratio": 0.1, "size": 3}}) == {"size": 3}
 
 

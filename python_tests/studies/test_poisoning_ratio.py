@@ -65,5 +65,5 @@ def test_drawn_from_loaded_numbers(measured: Numbers, redrawn: Callable[..., Non
 def test_no_ratios() -> None:
     with pytest.raises(ConfigError, match="ratios: Tuple should have at least 1 item"):
         studies.create("poisoning_ratio", ratios=[])
-    with pytest.raises(ConfigError, match="ratios.0: Input should be greater than 0"):
+    with pytest.raises(ConfigError, match=r"ratios\.0: Input should be greater than 0"):
         studies.create("poisoning_ratio", ratios=[0.0]).grids()

@@ -47,7 +47,15 @@ def attack_page(
     """
     page = run_page(attack, [], commands=_kept(attack_command(record.config, store)), facts=_facts(record))
     rows = [*page.rows, *defenses]
-    return dataclasses.replace(page, rows=rows, lead=lead(rows), path=[_HOME], analyses=analyses)
+    title, said = page.title, lead(rows)
+    if record.row["ratio"] == 0:
+        title += ", without poison"
+        said = (
+            "A clean model under this attack's trigger, to compare the attack with: it classifies "
+            f"{_percent(rows[0].metrics['c_acc'])} of the clean test images correctly and takes "
+            f"{_percent(rows[0].metrics['asr'])} of the triggered ones for the target."
+        )
+    return dataclasses.replace(page, title=title, rows=rows, lead=said, path=[_HOME], analyses=analyses)
 
 
 def defense_page(

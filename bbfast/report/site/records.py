@@ -24,7 +24,7 @@ class Record:
         folder: Its name in the store.
         row: Its line of the index, see :data:`bbfast.bench.index.COLUMNS`.
         config: How it was made.
-        changed: Settings that are not its method's defaults, as text.
+        changed: Settings that are not defaults, as text; of a defense, those of its attack as well.
         attack: Folder of the attack that it defends; None of an attack, and if that is not in the store.
     """
 
@@ -63,8 +63,16 @@ def read_records(store: Store) -> tuple[dict[str, Record], dict[str, str]]:
 
 
 def settings_text(config: Mapping[str, Any]) -> str:
-    """A result's own settings that are not defaults: ``s = 1, random_crop = 2``; a file's name without its folder."""
-    return ", ".join(f"{key} = {_short(value)}" for key, value in changed_settings(config).items())
+    """What distinguishes a result from one with defaults: ``s = 1, epochs = 60``; of a defense, of its attack first."""
+    own = ", ".join(f"{key} = {_short(value)}" for key, value in changed_settings(config).items())
+    if "defense" not in config:
+        return own
+    attack = settings_text(config["attack"])
+    return "; ".join(
+        f"{config[kind] if kind == 'defense' else config['attack']['attack']}: {text}"
+        for kind, text in (("attack", attack), ("defense", own))
+        if text
+    )
 
 
 def _short(value: Any) -> str:
