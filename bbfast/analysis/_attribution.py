@@ -92,7 +92,7 @@ def picture(axis: Axes, numbers: Numbers, row: int, side: str) -> None:
     axis.imshow(image[0] if grey else image.transpose(1, 2, 0), cmap="gray" if grey else None, vmin=0, vmax=255)
     true, said = (names[int(arrays[key][row])] for key in ("label", f"pred_{side}"))
     sure = float(arrays[f"prob_{side}"][row])
-    axis.set_title(f"true {_short(true)}, said {_short(said)} ({sure:.2f})", fontsize=9)
+    axis.set_title(f"true {_short(true)}\nsaid {_short(said)} ({sure:.2f})", fontsize=9)
     axis.set(xticks=[], yticks=[])
 
 
