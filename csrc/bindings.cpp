@@ -72,6 +72,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native core of bbfast: registers torch.ops.bbfast.* when imported.";
-  m.def("build_info", &build_info, "Version, commit, compiler, CUDA version and architectures, vector instructions, kernels.");
+  m.def("build_info", &build_info,
+        "Version, commit, compiler, CUDA version and architectures, vector instructions, kernels.");
   m.def("kernels", [] { return split(BBFAST_OPS); }, "Names of the operators compiled in, sorted.");
 }
