@@ -8,7 +8,6 @@ that was interrupted goes on from its checkpoints or starts again; nothing half-
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bbfast._prerequisite import obtain
 from bbfast.data.cache import cache_root
 from bbfast.data.imageset import ImageSet
 from bbfast.data.loader import derive_seed
 from bbfast.models import build
-from bbfast.store import Content, Store
+from bbfast.store import Store
 from bbfast.training.device import resolve_device
 from bbfast.training.recipe import Recipe
 
 __all__ = ["AttackContext", "default_context", "open_store", "seeded_model"]
 
-STAGE = "prerequisite"
 _DEFAULT_MODEL = "preactresnet18"
 
 
@@ -79,16 +78,7 @@ class AttackContext:
         Raises:
             ArtifactError: if the store cannot be read or written.
         """
-        config = {"kind": kind, **config}
-        if self.store is None:
-            with tempfile.TemporaryDirectory(prefix="bbfast-") as folder:
-                return {name: tensor.detach().cpu() for name, tensor in make(Path(folder)).items()}
-
-        def content(work: Path) -> Content:
-            return Content(STAGE, {**config, "seed": seed}, tensors={"tensors": make(work)})
-
-        found = self.store.get_or_make(STAGE, kind, config, content, seed=seed, version=version, kind=STAGE)
-        return found.tensors("tensors")
+        return obtain(self.store, kind, config, make, seed=seed, version=version)
 
 
 def open_store(choice: Store | str | Path | bool | None) -> Store | None:

@@ -134,7 +134,9 @@ def defense_stage(
     config = _defense_config(defense, attack.config, clean_fraction)
 
     def make(work: Path) -> DefenseResult:
-        return defend(defense, attack, clean_fraction, seed, device, checkpoint=work, progress=progress, cache=cache)
+        return defend(
+            defense, attack, clean_fraction, seed, device, checkpoint=work, progress=progress, cache=cache, store=store
+        )
 
     return _stage(store, DEFENSE, defense.name, config, seed, make, DefenseResult.load, fresh, say, about)
 

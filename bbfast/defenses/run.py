@@ -24,6 +24,7 @@ from bbfast.defenses.holdout import StreamTruth, draw_holdout, draw_reserve, mak
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.view import DataFacts, DefenderView, Grants, Stream, private_copy
 from bbfast.errors import DataRequirementError, UnknownNameError, UnsupportedModelError
+from bbfast.store import Store
 
 if TYPE_CHECKING:
     from bbfast.attacks.result import AttackResult
@@ -64,6 +65,7 @@ def defend(
     progress: bool | None = None,
     cache: FeatureCache | None = None,
     recipe: Recipe | None = None,
+    store: Store | str | Path | None = None,
     oracle: bool = False,
 ) -> DefenseResult:
     """Run a defense on an attacked model and measure what it achieved.
@@ -82,6 +84,8 @@ def defend(
         progress: Show progress bars: None decides by the terminal.
         cache: Features shared with other defenses of the same attack.
         recipe: Recipe for methods that train a model anew; default the one the attack was trained with.
+        store: Where what several methods make alike (the self-supervised encoder of DBD and NAB) is kept and found;
+            None keeps nothing. What is found there is not in ``seconds``.
         oracle: Hand the method an evaluator of the test sets, for settings that choose by the ground truth as published
             tables did (``anp``'s ``selection="oracle_asr"``). The result is marked ``selection["oracle"]``: no honest
             figure.
@@ -119,6 +123,7 @@ def defend(
         progress=progress,
         cache=cache,
         recipe=recipe,
+        store=Store(store) if isinstance(store, str | Path) else store,
     )
     if oracle:
         defense.evaluator = partial(
@@ -162,6 +167,7 @@ def build_view(
     progress: bool | None = None,
     cache: FeatureCache | None = None,
     recipe: Recipe | None = None,
+    store: Store | None = None,
 ) -> tuple[DefenderView, Population]:
     """The view of one run and what it is judged on. Raises as :func:`defend` does."""
     card, facts = defense.card, _facts(attack)
@@ -208,6 +214,7 @@ def build_view(
         device=device,
         progress=progress,
         checkpoint=checkpoint,
+        store=store,
     )
     return view, Population(test, backdoor_test, whole, truth, draws)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from bbfast._prerequisite import obtain
 from bbfast.data.imageset import ImageSet
 from bbfast.data.loader import derive_seed
 from bbfast.defenses.features import FeatureReader, Reader, read_set
@@ -18,6 +20,7 @@ from bbfast.defenses.holdout import split_stratified
 from bbfast.errors import AccessDeniedError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    from bbfast.store import Store
     from bbfast.training import Recipe
 
 __all__ = ["DataFacts", "DefenderView", "Grants", "Stream", "private_copy"]
@@ -88,6 +91,7 @@ class DefenderView:
         device: Where the model is and where work is done.
         progress: Show progress bars: None decides by the terminal.
         checkpoint: Folder in which a method that trains for long keeps its state; None keeps none.
+        store: Where :meth:`obtain` keeps and finds things; None keeps none.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class DefenderView:
         device: torch.device | str = "cpu",
         progress: bool | None = None,
         checkpoint: Path | None = None,
+        store: Store | None = None,
     ) -> None:
         self.method = method
         self.needs = frozenset(needs)
@@ -111,6 +116,7 @@ class DefenderView:
         self.device = torch.device(device)
         self.progress = progress
         self.checkpoint = checkpoint
+        self._obtain = partial(obtain, store)
         held = {name: getattr(grants, name) for name in ("model", *_SOURCES) if name in self.needs}
         self._held: dict[str, Any] = {name: value for name, value in held.items() if value is not None}
         self._spec = grants.model_spec if "fresh_model" in self.needs else None
@@ -216,6 +222,26 @@ class DefenderView:
     def generator(self, tag: str) -> torch.Generator:
         """A CPU generator of its own for each ``tag``, so that one use of randomness does not shift another."""
         return torch.Generator().manual_seed(self.derive_seed(tag))
+
+    def obtain(
+        self, kind: str, config: Mapping[str, Any], make: Callable[[Path], Mapping[str, Tensor]], *, seed: int
+    ) -> dict[str, Tensor]:
+        """What other methods on the same data make in the same way: found in the run's store, or made now and kept.
+
+        Args:
+            kind: What it is ("simclr").
+            config: Everything it depends on, fit for JSON, the data it is made from included (``content_hash``).
+            make: Makes it; called with a folder for checkpoints.
+            seed: Of its random numbers.
+
+        Returns:
+            Its tensors on the CPU. Do not write to them.
+
+        Raises:
+            ArtifactError: if the store cannot be read or written.
+        """
+        work = None if self.checkpoint is None else self.checkpoint / kind
+        return self._obtain(kind, config, make, seed=seed, work=work)
 
     def split_clean(self, val_fraction: float) -> tuple[ImageSet, ImageSet]:
         """H in two parts by class: ``(fit, val)``, each with at least one sample of every class, in the order of H.

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from bbfast import defenses
 from bbfast.attacks.result import AttackResult
+from bbfast.bench.stages import defense_stage
+from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.training import _mixmatch
 from bbfast.defenses.training._contrastive import SimClr, classifier
 from bbfast.defenses.training._mixmatch import MixMatch, clock, cycled, interleaved, lowest, sce, sharpened
 from bbfast.errors import ConfigError, DataRequirementError, DivergedError
 from bbfast.models import build
+from bbfast.store import Store
 from bbfast.training import Batch, Recipe
 
 MakeAttack = Callable[..., AttackResult]
@@ -195,16 +198,28 @@ def test_killed_run_goes_on(toy_attack: MakeAttack, killed_goes_on: Callable[...
 
 
 def test_the_encoder_is_nabs(toy_attack: MakeAttack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One folder, the same settings: NAB finds what DBD made."""
-    own = {"ssl_epochs": 2, "ssl_batch": 50, "ssl_checkpoint": str(tmp_path / "shared")}
-    attack = toy_attack(n=100)
-    defenses.defend(defenses.create("dbd", **TINY | own | {"ssl_lr": 0.4}), attack, **CPU)
+    """One store, the same settings: NAB finds what DBD made, and its result is the one it has by itself."""
+    own = {"ssl_epochs": 2, "ssl_batch": 50}
+    nab = defenses.create("nab", detect_epochs=1, epochs=1, isolate=0.3, **own)
+    attack, store = toy_attack(n=100), Store(tmp_path)
+    attack.config["recipe"]["deterministic"] = True
+    alone = defenses.defend(nab, attack, **CPU)
+    defense_stage(store, defenses.create("dbd", **TINY | own | {"ssl_lr": 0.4}), attack, device="cpu")
 
     def never(self: Any, model: nn.Module, batch: Batch) -> Any:
         raise AssertionError("made again")
 
     monkeypatch.setattr(SimClr, "loss", never)
-    defenses.defend(defenses.create("nab", detect_epochs=1, epochs=1, **own), attack, **CPU)
+    made = defense_stage(store, nab, attack, device="cpu").result
+    assert [entry.name for entry in store.list("prerequisite")] == ["simclr"]
+    assert made.model is not None and alone.model is not None
+    pairs = zip(made.model.state_dict().values(), alone.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+    def timeless(result: DefenseResult) -> list[dict[str, Any]]:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in result.history]
+
+    assert timeless(made) == timeless(alone) and timeless(made)[0].keys() > {"phase", "epoch", "loss", "lr"}
 
 
 def test_storage_order_does_not_matter(toy_attack: MakeAttack) -> None:

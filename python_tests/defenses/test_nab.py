@@ -162,14 +162,16 @@ def test_the_encoder_is_made_once(toy_attack: MakeAttack, tmp_path: Path, monkey
         return plain(self, model, batch)
 
     monkeypatch.setattr(_contrastive.SimClr, "loss", count)
-    method = defenses.create("nab", **TINY, ssl_checkpoint=str(tmp_path / "shared"))
+    method = defenses.create("nab", **TINY)
     counts = []
-    for other in (method, defenses.create("nab", **TINY | {"lr": 0.02}, ssl_checkpoint=str(tmp_path / "shared"))):
-        defenses.defend(other, attack, **CPU)
+    for other in (method, defenses.create("nab", **TINY | {"lr": 0.02})):
+        defenses.defend(other, attack, store=tmp_path, **CPU)
         counts.append(len(steps))
     assert counts == [4, 4]
-    defenses.defend(method, attack, seed=1, **CPU)
+    defenses.defend(method, attack, seed=1, store=tmp_path, **CPU)
     assert len(steps) == 8
+    defenses.defend(method, attack, **CPU)
+    assert len(steps) == 12
 
 
 @pytest.mark.parametrize("program", [SimClr, nab.Stamping])

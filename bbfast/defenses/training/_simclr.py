@@ -5,16 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
+from bbfast._hashing import content_hash
 from bbfast.data.imageset import ImageSet
 from bbfast.defenses.base import DefenseConfig
 from bbfast.defenses.training._contrastive import Encoder, Rate, SimClr, pretrain
 from bbfast.defenses.training._unlearn import sgd_recipe
 from bbfast.defenses.training._views import Views
 from bbfast.defenses.view import DefenderView
+from bbfast.models import roles
 
 __all__ = ["DIGITS_SIMCLR", "SimClrConfig", "self_supervised"]
+
+_ROW = "history/"
 
 DIGITS_SIMCLR: dict[str, Any] = {"ssl_batch": 128, "ssl_lr": 0.1, "mirror": False}
 """Ours: 1,442 images are three steps an epoch in batches of 512; a quarter of the batch at a quarter of the rate. A
@@ -32,8 +38,6 @@ class SimClrConfig(DefenseConfig):
         ssl_weight_decay: L2 penalty.
         temperature: Divides the cosines.
         mirror: Views are mirrored half of the time.
-        ssl_checkpoint: Folder of the stage's checkpoint. A training on the same images with the same settings and seed
-            that has ended there is read, not made again; DBD and NAB make the same. None uses the run's own folder.
     """
 
     ssl_epochs: int = Field(100, ge=0)
@@ -43,11 +47,10 @@ class SimClrConfig(DefenseConfig):
     ssl_weight_decay: float = Field(1e-4, ge=0)
     temperature: float = Field(0.5, gt=0)
     mirror: bool = True
-    ssl_checkpoint: str | None = None
 
 
 def self_supervised(view: DefenderView, data: ImageSet, config: SimClrConfig) -> tuple[Encoder, list[dict[str, Any]]]:
-    """Train a fresh encoder by SimCLR.
+    """Train a fresh encoder by SimCLR, or find in the run's store the one that another method trained.
 
     Args:
         view: Grants ``fresh_model``.
@@ -67,14 +70,28 @@ def self_supervised(view: DefenderView, data: ImageSet, config: SimClrConfig) ->
     )
     rate = Rate(config.ssl_lr, config.ssl_t_max or max(config.ssl_epochs, 1))
     program = SimClr(Views(mirror=config.mirror), rate, config.temperature)
-    folder = Path(config.ssl_checkpoint) if config.ssl_checkpoint is not None else view.checkpoint
-    done = pretrain(
-        view,
-        encoder,
-        unlabelled,
-        recipe,
-        program,
-        None if folder is None else folder / "ssl",
-        f"lower ssl_lr (now {config.ssl_lr:g})",
-    )
-    return encoder.eval(), done.history
+
+    def make(folder: Path) -> dict[str, Tensor]:
+        remedy = f"lower ssl_lr (now {config.ssl_lr:g})"
+        done = pretrain(view, encoder, unlabelled, recipe, program, folder, remedy)
+        columns = {name: [row[name] for row in done.history] for name in (done.history or [{}])[0]}
+        rows = {f"{_ROW}{name}": _column(values) for name, values in columns.items()}
+        return {**encoder.state_dict(), **rows}
+
+    settings = {
+        "images": content_hash({"images": data.images}),
+        "normalisation": [data.mean, data.std],
+        # Two architectures may have the same weights.
+        "model": roles(encoder.model).label,
+        "start": content_hash(encoder.state_dict()),
+        "recipe": recipe.model_dump(mode="json"),
+        "program": program.describe(),
+    }
+    found = view.obtain("simclr", settings, make, seed=view.derive_seed("ssl"))
+    columns = {name.removeprefix(_ROW): value.tolist() for name, value in found.items() if name.startswith(_ROW)}
+    encoder.load_state_dict({name: value for name, value in found.items() if not name.startswith(_ROW)})
+    return encoder.eval(), [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _column(values: list[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64 if all(isinstance(value, int) for value in values) else torch.float64)
