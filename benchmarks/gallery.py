@@ -2,7 +2,7 @@
 
     python benchmarks/gallery.py --out docs
     python benchmarks/gallery.py --out runs/look --dataset npz --root gtsrb_small.npz --data normalize=gtsrb \\
-        --attack blended --epochs 60 --model preactresnet18 --tools hessian grad_cam
+        --attack blended --defense ft --epochs 60 --model preactresnet18 --set hessian.n=64 loss_landscape.points=5
 
 Writes ``gallery.md`` and small pictures under ``gallery/``. Runs and full figures are kept in ``--store``.
 """
@@ -67,7 +67,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--tools", nargs="+", choices=analysis.available(), default=analysis.available())
+    parser.add_argument("--set", nargs="*", default=[], help="settings of tools, TOOL.KEY=VALUE")
     given = parser.parse_args()
+    settings = {name: dict(values) for name, values in SMALLER.items()}
+    for key, value in parse_settings(given.set, "--set").items():
+        tool, _, key = key.partition(".")
+        settings.setdefault(tool, {})[key] = value
 
     store, data = Store(given.store), datasets.load(given.dataset, given.root, **parse_settings(given.data, "--data"))
     attack = attacks.create(given.attack, ratio=0.1)
@@ -84,7 +89,7 @@ def main() -> None:
     ]
     for name in given.tools:
         card = analysis.info(name)
-        less = ", ".join(f"{key} = {value}" for key, value in SMALLER.get(name, {}).items())
+        less = ", ".join(f"{key} = {value}" for key, value in settings.get(name, {}).items())
         lines += ["", f"## {card['title']}", "", str(card["question"]) + (f" With {less}." if less else "")]
         for label, result, folder in (
             ("attacked", None, attacked.folder),
@@ -92,7 +97,7 @@ def main() -> None:
         ):
             try:
                 place = store.root / "analysis" / folder.name / name
-                found = run(name, attacked.result, result, place, **SMALLER.get(name, {}))
+                found = run(name, attacked.result, result, place, **settings.get(name, {}))
             except BBFastError as error:
                 lines += ["", f"{label}: {error}"]
                 print(f"{name}, {label}: {error}", flush=True)

@@ -53,6 +53,7 @@ class TrainResult:
         precision: ``fp32``, ``bf16`` or ``fp16``, as chosen.
         channels_last: Memory layout, as chosen.
         resumed_at: Epochs that came from a checkpoint.
+        earlier_seconds: What those took, of ``seconds``.
     """
 
     model: nn.Module
@@ -63,6 +64,7 @@ class TrainResult:
     precision: str = "fp32"
     channels_last: bool = False
     resumed_at: int = 0
+    earlier_seconds: float = 0.0
 
 
 def train(
@@ -222,6 +224,7 @@ class _Run:
             precision=self.numerics.precision,
             channels_last=self.numerics.channels_last,
             resumed_at=first,
+            earlier_seconds=self.earlier_seconds,
         )
 
     def _prepare(self, steps: int) -> None:

@@ -126,6 +126,7 @@ def test_a_killed_run_goes_on(name: str, pair: DataPair, tiny: nn.Module, tmp_pa
     assert any(tmp_path.rglob("*.safetensors"))
     resumed = attack(make(name, "all2one"), pair, tiny, recipe, 0, "cpu", checkpoint=tmp_path, progress=False)
     assert same(whole, resumed) and len(resumed.history) == 4
+    assert resumed.metrics["seconds"] > sum(row["seconds"] for row in resumed.history)
 
 
 def test_models_by_name(pair: DataPair, tmp_path: Path) -> None:
