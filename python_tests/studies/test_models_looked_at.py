@@ -22,6 +22,7 @@ from bbfast.studies import Results
 from bbfast.studies.perspectives import _depth as depth
 from bbfast.studies.perspectives._paths import along, measured
 from bbfast.studies.perspectives._sharp import curvature, cuts, half_radius
+from bbfast.studies.perspectives._spectrum import trigger_energy
 from bbfast.studies.perspectives._trigger_table import radius
 from bbfast.studies.perspectives._variants import FAMILIES, families, triggered
 
@@ -308,7 +309,28 @@ def test_representation(looked_at: Callable[..., Numbers], tmp_path: Path) -> No
     assert [row["defense"] for row in numbers.table] == ["none", "ft"]
     assert numbers.arrays["auroc"].shape == (2, 5) and numbers.arrays["z_top"].shape == (2, 20)
     assert (np.diff(numbers.arrays["z_top"][0]) <= 0).all()  # the attacked model's own order
+    side = numbers.arrays["energy"].shape[1]
+    assert numbers.arrays["radial"].shape == (2, 2, side) and (numbers.arrays["radial"] > 0).all()
+    assert numbers.arrays["energy"].sum(1) == pytest.approx(1)
+    # BadNets' square of a few pixels has fine edges; whatever the model, it is the same square.
+    assert numbers.table[0]["trigger_high"] == numbers.table[1]["trigger_high"] > 0.1
     drawn(study, numbers, tmp_path)
+
+
+def test_energy_of_a_wave(result: AttackResult) -> None:
+    """All of a wave of six cycles lies on the sixth ring."""
+    test = result.test
+    wave = 20 * torch.cos(2 * torch.pi * 6 * torch.arange(test.images.shape[3]) / test.images.shape[3])
+    images = (torch.full_like(test.images, 100).float() + wave).round().to(torch.uint8)
+    grey = ImageSet(torch.full_like(test.images, 100), test.labels, ids=test.ids)
+    rows = torch.isin(test.ids, result.backdoor_test.ids)
+    bad = dataclasses.replace(result.backdoor_test, images=images[rows])
+    made = Subject(dataclasses.replace(result, test=grey, backdoor_test=bad), None, CPU)
+    share, high = trigger_energy(made, 10)
+    assert share[6] > 0.98 and share.sum() == pytest.approx(1) and high < 0.02
+    same = dataclasses.replace(result.backdoor_test, images=grey.images[rows])
+    none = trigger_energy(Subject(dataclasses.replace(result, test=grey, backdoor_test=same), None, CPU), 10)
+    assert np.isnan(none[0]).all() and np.isnan(none[1])
 
 
 def test_bad_settings() -> None:

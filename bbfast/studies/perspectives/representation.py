@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from bbfast.analysis.numbers import Numbers
-from bbfast.analysis.style import figure
 from bbfast.analysis.subject import Subject
 from bbfast.bench.grid import NO_DEFENSE
 from bbfast.studies.base import DataConfig, Listed, Share, Study, StudyCard, register_study
 from bbfast.studies.cells import described, with_none
-from bbfast.studies.looks import MARKERS, look
 from bbfast.studies.perspectives import _depth as depth
+from bbfast.studies.perspectives._depth_figure import draw_depth
+from bbfast.studies.perspectives._spectrum import saliency, trigger_energy
 from bbfast.studies.results import Results, Row
 from bbfast.studies.statistics import nanmean
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Representation"]
 
+_ARRAYS = ("auroc", "auroc_sd", "neurons", "gini", "radial", "energy", "z_top")
 _TOP = 20
 _SEPARABLE = 0.95
 
@@ -61,12 +62,16 @@ class Representation(Study):
     block, averaged over space: a logistic regression with five folds. It uses the ground truth: an analysis, no
     detector. ``neurons``: share of a layer's channels whose strongest test images are mostly triggered ones. ``gini``:
     how concentrated the change by the trigger (L2) is on few channels of a layer. ``jaccard``: overlap of the 5 % most
-    changed channels and the 5 % with the largest Lipschitz bounds. ``z_top``: the change of the 20 channels that the
+    changed channels and the 5 % with the largest Lipschitz bounds. ``trigger_high``: share of the trigger's energy
+    beyond a quarter of the image's shorter side in cycles; ``fsm_*``: which frequencies the logit answers to, as the
+    tool frequency_saliency measures it. ``z_top``: the change of the 20 channels that the
     trigger moves most in the attacked model, in standard deviations on clean images, in the attacked and in the
     defended model.
 
     Arrays (M models, a row each in the table; B blocks, L layers): ``auroc``, ``auroc_sd`` f64 ``[M, B]``; ``neurons``,
-    ``gini`` f64 ``[M, L]``; ``z_top`` f64 ``[M, 20]`` (NaN where there are fewer channels). Names in ``meta``.
+    ``gini`` f64 ``[M, L]``; ``radial`` f64 ``[M, 2, R]``, mean saliency by cycles an image without and with the
+    trigger; ``energy`` f64 ``[M, R]``, shares of the trigger's energy; ``z_top`` f64 ``[M, 20]`` (NaN where there are
+    fewer channels). Names in ``meta``.
     """
 
     card = StudyCard(
@@ -78,7 +83,10 @@ class Representation(Study):
             "Where the black line reaches 1, the network has a trigger feature; a defense whose line stays at 1 has "
             "only cut it off from the output. Second row: channels that fire for triggered images above all. Third "
             "row: concentration of the trigger's change, near 1 if few channels carry it (pruning can remove those), "
-            "near 0 if all do. Fourth row: each thin line is one of the 20 channels that the trigger moves most, from "
+            "near 0 if all do. Fourth row: grey is where the trigger's own energy lies, from smooth to fine; a line "
+            "above 1 says that with the trigger the logit answers more to this frequency than without. A trigger "
+            "feature shows where line and grey rise together; a defense that has removed it lies near 1 there. "
+            "Fifth row: each thin line is one of the 20 channels that the trigger moves most, from "
             "the attacked to the defended model; lines that fall are channels that the defense has silenced."
         ),
     )
@@ -92,7 +100,7 @@ class Representation(Study):
     def measure(self, results: Results) -> Numbers:
         grid = results.plans[0].grid
         rows: list[dict[str, Any]] = []
-        found: dict[str, list[NDArray[Any]]] = {key: [] for key in ("auroc", "auroc_sd", "neurons", "gini", "z_top")}
+        found: dict[str, list[NDArray[Any]]] = {key: [] for key in _ARRAYS}
         names: dict[str, list[str]] = {}
         top: dict[tuple[Any, ...], list[tuple[str, int]]] = {}
         for cell in sorted(results.rows, key=lambda row: row["defense"] != NO_DEFENSE):
@@ -105,7 +113,7 @@ class Representation(Study):
                 found[key].append(values)
         plain = [row for row in rows if row["defense"] == NO_DEFENSE]
         summary: dict[str, Any] = {"models": len(rows)}
-        for key in ("auroc_last", "neurons", "gini", "jaccard_top_5_percent"):
+        for key in ("auroc_last", "neurons", "gini", "jaccard_top_5_percent", "fsm_js"):
             summary[key] = float(nanmean([row[key] for row in plain]))
         return Numbers(
             {key: np.array(values) for key, values in found.items()},
@@ -140,6 +148,8 @@ class Representation(Study):
         z_top = np.full(_TOP, np.nan)
         z_top[: len(top)] = [moved[name][1][j] for name, j in top]
         both = depth.overlap(subject, {name: l2 for name, (l2, _) in moved.items()})
+        energy, high = trigger_energy(subject, c.n)
+        radial, frequencies = saliency(subject, c.n)
         ginis = np.array([depth.gini(l2) for l2, _ in moved.values()])
         above = np.flatnonzero(auroc[:, 0] >= _SEPARABLE)
         row: dict[str, Any] = {
@@ -151,6 +161,8 @@ class Representation(Study):
             "neurons": sum(few for few, _ in neurons.values()),
             "channels": sum(all_ for _, all_ in neurons.values()),
             "gini": float(nanmean(ginis)),
+            "trigger_high": high,
+            **frequencies,
             "z_top_median": float(np.nanmedian(z_top)),
             **{key: both.get(key, float("nan")) for key in ("jaccard_top_5_percent", "spearman_tac_within_layers")},
         }
@@ -159,42 +171,15 @@ class Representation(Study):
             "auroc_sd": auroc[:, 1],
             "neurons": np.array([few / all_ for few, all_ in neurons.values()]),
             "gini": ginis,
+            "radial": radial,
+            "energy": energy,
             "z_top": z_top,
         }
         return row, arrays, {"blocks": list(features), "layers": list(moved)}, top
 
     @staticmethod
     def draw(numbers: Numbers) -> Figure:
-        meta = numbers.meta
-        columns = [(attack, ratio) for attack in meta["attacks"] for ratio in meta["ratios"]]
-        rows = 4 if meta["defenses"] else 3
-        with figure(max(4.7, 1.8 + 2.9 * len(columns)), 2.3 * rows, meta["caption"]) as made:
-            axes: Any = made.subplots(rows, len(columns), sharey="row", squeeze=False)
-            for own, (attack, ratio) in zip(axes.T, columns, strict=True):
-                here = [
-                    i
-                    for i, row in enumerate(meta["models"])
-                    if (row["attack"], row["ratio"]) == (attack, ratio) and row["seed"] == meta["models"][0]["seed"]
-                ]
-                _draw_column(own, numbers, here)
-                plain = [meta["models"][i]["asr"] for i in here if meta["models"][i]["defense"] == NO_DEFENSE]
-                said = f"ASR {100 * plain[0]:.0f} %" if plain else "not run"
-                own[0].set_title(f"{attack}, {100 * ratio:.3g} %\n{said}")
-            words = (
-                "probe AUROC",
-                "trigger neurons,\n% of the layer",
-                "Gini of the change",
-                "change of the top 20\nchannels, clean sd",
-            )
-            for axis, word in zip(axes[:, 0], words, strict=False):
-                axis.set_ylabel(word)
-            from matplotlib.lines import Line2D
-
-            handles = [
-                Line2D([], [], **_style(name, meta["defenses"]), label=name) for name in (NO_DEFENSE, *meta["defenses"])
-            ]
-            made.legend(handles=handles, loc="outside upper center", ncols=len(handles), title="defense")
-        return made
+        return draw_depth(numbers)
 
 
 def _finding(row: dict[str, Any]) -> str:
@@ -204,47 +189,8 @@ def _finding(row: dict[str, Any]) -> str:
         f"{name} at {100 * row['ratio']:.3g} %, seed {row['seed']} (ASR {100 * row['asr']:.0f} %): poisoned samples "
         f"are {where} (AUROC {row['auroc_first']:.2f} first, {row['auroc_last']:.2f} last); {row['neurons']} of "
         f"{row['channels']} channels are trigger neurons; mean Gini {row['gini']:.2f}; top channels move by "
-        f"{row['z_top_median']:.1f} sd; overlap with the largest Lipschitz bounds {row['jaccard_top_5_percent']:.2f}."
+        f"{row['z_top_median']:.1f} sd; {100 * row['trigger_high']:.0f} % of the trigger's energy is of high "
+        f"frequency, and of the saliency {100 * row['fsm_high_clean']:.0f} % without and "
+        f"{100 * row['fsm_high_triggered']:.0f} % with it; "
+        f"overlap with the largest Lipschitz bounds {row['jaccard_top_5_percent']:.2f}."
     )
-
-
-def _style(defense: str, defenses: Sequence[str]) -> dict[str, Any]:
-    place = 1 + defenses.index(defense) if defense in defenses else 0
-    return {**look(defense), "marker": MARKERS[place % len(MARKERS)], "ms": 4, "lw": 1.4}
-
-
-def _draw_column(axes: Any, numbers: Numbers, here: Sequence[int]) -> None:
-    meta, arrays = numbers.meta, numbers.arrays
-    plain = next((i for i in here if meta["models"][i]["defense"] == NO_DEFENSE), None)
-    for i in here:
-        name = meta["models"][i]["defense"]
-        for axis, key, scale in ((axes[0], "auroc", 1), (axes[1], "neurons", 100), (axes[2], "gini", 1)):
-            axis.plot(scale * arrays[key][i], clip_on=False, zorder=3, **_style(name, meta["defenses"]))
-        if plain is not None and i != plain:
-            at = 1.6 * meta["defenses"].index(name)
-            for before, after in zip(arrays["z_top"][plain], arrays["z_top"][i], strict=True):
-                axes[3].plot([at, at + 1], [before, after], color=look(name)["color"], lw=0.8, marker=".", ms=4)
-    axes[0].axhline(0.5, color="#BBBBBB", lw=0.8, ls=":")
-    axes[0].set(ylim=(0.4, 1.02))
-    axes[2].set(ylim=(0, 1), xlabel="convolution or linear layer")
-    axes[1].set(xlabel="convolution or linear layer", ylim=(0, None))
-    _named(axes[0], meta["blocks"])
-    for axis in axes[1:3]:
-        axis.set_xticks(range(0, len(meta["layers"]), max(1, len(meta["layers"]) // 7)))
-    if not meta["defenses"]:
-        return
-    ends = [(1.6 * k + x, word) for k, name in enumerate(meta["defenses"]) for x, word in ((0, "none"), (1, name))]
-    axes[3].set_xticks([x for x, _ in ends], [word for _, word in ends])
-    # Changes of one channel differ by decades from those of another.
-    top = float(np.nanmax(arrays["z_top"], initial=1.0))
-    axes[3].set(yscale="symlog", ylim=(0, 1.3 * top))
-
-
-def _named(axis: Any, names: Sequence[str]) -> None:
-    short = len(names) <= 10
-    shown = names if short else [str(i) for i in range(len(names))]
-    step = 1 if short else max(1, len(names) // 8)
-    axis.set_xticks(
-        range(0, len(names), step), shown[::step], rotation=35 if short else 0, ha="right" if short else "center"
-    )
-    axis.set_xlabel("after block")
