@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bbfast.analysis.numbers import Numbers
+from bbfast.analysis.style import short_name
 from bbfast.analysis.subject import Pairs, Subject
 
 if TYPE_CHECKING:
@@ -92,9 +93,5 @@ def picture(axis: Axes, numbers: Numbers, row: int, side: str) -> None:
     axis.imshow(image[0] if grey else image.transpose(1, 2, 0), cmap="gray" if grey else None, vmin=0, vmax=255)
     true, said = (names[int(arrays[key][row])] for key in ("label", f"pred_{side}"))
     sure = float(arrays[f"prob_{side}"][row])
-    axis.set_title(f"true {_short(true)}\nsaid {_short(said)} ({sure:.2f})", fontsize=9)
+    axis.set_title(f"true {short_name(true)}\nsaid {short_name(said)} ({sure:.2f})", fontsize=9)
     axis.set(xticks=[], yticks=[])
-
-
-def _short(name: str, most: int = 12) -> str:
-    return name if len(name) <= most else name[: most - 1] + "."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["CLEAN", "OTHER", "POISONED", "TARGET", "class_colours", "figure"]
+__all__ = ["CLEAN", "OTHER", "POISONED", "TARGET", "class_colours", "figure", "short_name"]
 
 CLEAN, POISONED, TARGET, OTHER = "#2166AC", "#D6604D", "#FDB863", "#9E9E9E"
 """Clean, triggered, the target class, everything else. Sequential maps: ``Blues``, ``Oranges``, ``viridis``; signed:
@@ -65,3 +65,13 @@ def class_colours(count: int) -> list[Any]:
 
     hues = matplotlib.colormaps["hsv"]
     return [hues(i / count) for i in range(count)]
+
+
+def short_name(name: str, most: int = 12) -> str:
+    """``name`` in at most ``most`` characters: its beginning and, if that is short, its last word, by which names like
+    "Speed limit 30" and "Speed limit 50" differ."""
+    if len(name) <= most:
+        return name
+    *_, last = name.split(" ")
+    tail = f" {last}" if len(last) < most // 2 else ""
+    return name[: most - 1 - len(tail)].rstrip() + "\N{HORIZONTAL ELLIPSIS}" + tail

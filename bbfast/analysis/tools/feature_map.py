@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bbfast.analysis._layers import finite
 from bbfast.analysis.base import Tool, ToolCard, ToolConfig, register_tool
 from bbfast.analysis.numbers import Numbers
-from bbfast.analysis.style import figure
+from bbfast.analysis.style import figure, short_name
 from bbfast.analysis.subject import Pairs, Subject
 from bbfast.errors import DataRequirementError, UnsupportedModelError
 
@@ -148,7 +148,7 @@ class FeatureMap(Tool):
             left.set_yticks([side / 2, 1.5 * side + 2], ["clean", "triggered"], rotation=90, va="center")
             left.tick_params(length=0)
             left.spines[:].set_visible(False)
-            left.set_title(f"image {numbers.summary['id']}\nclass {meta['true_class']}", fontsize=9)
+            left.set_title(f"image {numbers.summary['id']}\n{short_name(meta['true_class'], 15)}", fontsize=9)
             right.imshow(sheet, interpolation="none")
             right.axis("off")
             for j, (x, y) in zip(shown, places, strict=True):

@@ -156,7 +156,7 @@ class FrequencySaliency(Tool):
                 right.semilogy(cycles, np.maximum(values, FLOOR), line, color=colour, label=words)
             right.axvline(min(height, width) / 4, color="#BBBBBB", lw=0.8, ls=":")
             right.set(title="by distance from zero", xlabel="cycles per image", ylabel="mean amplitude")
-            right.legend()
+            right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.12), borderaxespad=0.1)
         return made
 
 

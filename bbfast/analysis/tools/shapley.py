@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bbfast.analysis._attribution import SIDES, mean_finite, picture, shown, trigger_mask
 from bbfast.analysis.base import Tool, ToolCard, ToolConfig, register_tool
 from bbfast.analysis.numbers import Numbers
-from bbfast.analysis.style import figure
+from bbfast.analysis.style import figure, short_name
 from bbfast.analysis.subject import Subject
 from bbfast.errors import DataRequirementError
 
@@ -177,7 +177,7 @@ class Shapley(Tool):
                         axis = axes[row, column]
                         drawn = axis.imshow(phi[which, column - 1], cmap="coolwarm", vmin=-scale, vmax=scale)
                         name = names[int(arrays["cls"][which, column - 1])]
-                        axis.set_title(f"for {name}", fontsize=9)
+                        axis.set_title(f"for {short_name(name, 15)}", fontsize=9)
                         axis.set(xticks=[], yticks=[])
             made.colorbar(drawn, ax=axes, label="attribution to the logit, for (+) or against (-)", shrink=0.4)
         return made
