@@ -16,6 +16,7 @@ from torch import nn
 
 from bbfast._record import method_version, versions
 from bbfast.data.imageset import BackdoorSet, ImageSet
+from bbfast.defenses._benign import run_once, triggerless
 from bbfast.defenses._judge import judge
 from bbfast.defenses._measure import peak_memory
 from bbfast.defenses.base import Defense, create
@@ -84,8 +85,9 @@ def defend(
         progress: Show progress bars: None decides by the terminal.
         cache: Features shared with other defenses of the same attack.
         recipe: Recipe for methods that train a model anew; default the one the attack was trained with.
-        store: Where what several methods make alike (the self-supervised encoder of DBD and NAB) is kept and found;
-            None keeps nothing. What is found there is not in ``seconds``.
+        store: Where what several runs make alike is kept and found: the self-supervised encoder of DBD and NAB, which
+            then is in the ``seconds`` of the first alone; at ratio 0 (:func:`bbfast.attacks.control`) what a defense
+            makes of the clean model, whichever trigger it is judged by. None keeps nothing.
         oracle: Hand the method an evaluator of the test sets, for settings that choose by the ground truth as published
             tables did (``anp``'s ``selection="oracle_asr"``). The result is marked ``selection["oracle"]``: no honest
             figure.
@@ -112,6 +114,7 @@ def defend(
         raise TypeError(f"defense must be a name or a Defense, got {type(defense).__qualname__}")
     check_seed(seed)
     target = resolve_device(device)
+    store = Store(store) if isinstance(store, str | Path) else store
     defense = defense.for_dataset(_facts(attack).name)
     view, population = build_view(
         defense,
@@ -123,14 +126,14 @@ def defend(
         progress=progress,
         cache=cache,
         recipe=recipe,
-        store=Store(store) if isinstance(store, str | Path) else store,
+        store=store,
     )
     if oracle:
         defense.evaluator = partial(
             evaluate, test=population.test, backdoor_test=population.backdoor_test, device=target
         )
     defense.check(view)
-    result = run_and_judge(defense, attack, view, population, clean_fraction)
+    result = run_and_judge(defense, attack, view, population, clean_fraction, store)
     if oracle:
         result.selection["oracle"] = True
     if cache is not None:
@@ -144,11 +147,14 @@ def run_and_judge(
     view: DefenderView,
     population: Population,
     clean_fraction: float | None,
+    store: Store | None = None,
 ) -> DefenseResult:
     """Run a defense on the view that :func:`build_view` made, and measure what it achieved."""
-    result = _timed_run(defense, view)
-    result.info.setdefault("data_used", list(view.used))
-    if "poisoned_train" in view.used and _changed_every_epoch(attack):
+    if store is not None and triggerless(attack, defense):
+        result = run_once(store, defense, attack, view, partial(_timed_run, defense, view))
+    else:
+        result = _timed_run(defense, view)
+    if "poisoned_train" in result.info["data_used"] and bool(attack.poisoned.any()) and _changed_every_epoch(attack):
         result.info["static_snapshot"] = True
     result.config = _config(defense, attack, view, clean_fraction)
     # The ground truth has the last word: a figure of that name from the defense itself is only its own opinion.
@@ -234,6 +240,7 @@ def _timed_run(defense: Defense, view: DefenderView) -> DefenseResult:
         raise TypeError(f"{defense.name}: run must return a DefenseResult, got {type(result).__qualname__}")
     result.seconds = seconds
     result.metrics = {**result.metrics, "seconds": seconds, "peak_memory_bytes": memory.bytes}
+    result.info.setdefault("data_used", list(view.used))
     if result.model is not None:
         result.model.eval()
     return result

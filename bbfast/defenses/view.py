@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bbfast._hashing import content_hash
 from bbfast._prerequisite import obtain
 from bbfast.data.imageset import ImageSet
 from bbfast.data.loader import derive_seed
 from bbfast.defenses.features import FeatureReader, Reader, read_set
 from bbfast.defenses.holdout import split_stratified
 from bbfast.errors import AccessDeniedError, UnsupportedModelError
+from bbfast.models.state import model_state
 
 if TYPE_CHECKING:
     from bbfast.store import Store
@@ -242,6 +244,17 @@ class DefenderView:
         """
         work = None if self.checkpoint is None else self.checkpoint / kind
         return self._obtain(kind, config, make, seed=seed, work=work)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Hash of each granted model and image set, by name: equal for views that show the same."""
+        found = {}
+        for name, held in self._held.items():
+            if name == "model":
+                found[name] = content_hash(model_state(held))
+            else:
+                labels = {} if isinstance(held, Stream) else {"labels": held.labels}
+                found[name] = content_hash({"images": held.images, **labels})
+        return found
 
     def split_clean(self, val_fraction: float) -> tuple[ImageSet, ImageSet]:
         """H in two parts by class: ``(fit, val)``, each with at least one sample of every class, in the order of H.

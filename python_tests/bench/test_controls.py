@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from bench_workers import Inline
 
-from bbfast import Recipe, attacks, datasets, evaluate
+from bbfast import Recipe, attacks, datasets, defend, defenses, evaluate
 from bbfast.attacks import AttackResult
 from bbfast.bench import Plan, grid_rows, load_grid, make_plan, pivot, run_plan
 from bbfast.bench.work import perform
+from bbfast.defenses import DefenseResult
+from bbfast.defenses._benign import triggerless
 from bbfast.store import Store
 
 MakePlan = Callable[..., Plan]
@@ -63,7 +66,7 @@ def results(store: Store) -> dict[str, AttackResult]:
 
 def test_one_clean_model_serves_all_attacks(ran: tuple[Plan, Store]) -> None:
     store = ran[1]
-    assert [entry.name for entry in store.list("prerequisite")] == ["clean_model"]
+    assert [entry.name for entry in store.list("prerequisite")].count("clean_model") == 1
     badnets, sig = (results(store)[name] for name in ("badnets", "sig"))
     assert all(map(torch.equal, badnets.model.state_dict().values(), sig.model.state_dict().values()))
     data = datasets.load("digits")
@@ -75,6 +78,27 @@ def test_one_clean_model_serves_all_attacks(ran: tuple[Plan, Store]) -> None:
         assert all(result.metrics[name] == measured[name] for name in ("c_acc", "asr", "r_acc"))
     assert not torch.equal(badnets.backdoor_test.images, sig.backdoor_test.images)
     assert badnets.metrics["c_acc"] == sig.metrics["c_acc"]
+
+
+def test_a_defense_of_the_clean_model_runs_once(ran: tuple[Plan, Store]) -> None:
+    """It sees the same, whatever the trigger; what it is judged by is each attack's own."""
+    store = ran[1]
+    shared = sorted(entry.name for entry in store.list("prerequisite"))
+    assert shared == ["clean_model", "clp_of_a_clean_model", "ss_of_a_clean_model"]
+    both = results(store)
+    for name in ("clp", "ss"):
+        found = [DefenseResult.load(entry.path) for entry in store.list("defense", name)]
+        alone = [defend(name, both[made.config["attack"]["attack"]], device="cpu", progress=False) for made in found]
+        assert len(found) == 2 and found[0].seconds == found[1].seconds != alone[0].seconds
+        for one, other in zip(found, alone, strict=True):
+            timeless = {"seconds", "peak_memory_bytes"}
+            assert {k: v for k, v in one.metrics.items() if k not in timeless} == pytest.approx(
+                {k: v for k, v in other.metrics.items() if k not in timeless}, nan_ok=True
+            )
+            assert one.info["data_used"] == other.info["data_used"] and one.config["attack"] == other.config["attack"]
+    assert not triggerless(both["sig"], defenses.create("strip"))  # it judges a stream with triggered images
+    poisoned = dataclasses.replace(both["sig"], poisoned=torch.ones_like(both["sig"].poisoned))
+    assert triggerless(both["sig"], defenses.create("ft")) and not triggerless(poisoned, defenses.create("ft"))
 
 
 def test_the_trigger_is_that_of_the_attack(ran: tuple[Plan, Store]) -> None:
