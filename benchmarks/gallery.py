@@ -26,7 +26,7 @@ from bbfast.errors import BBFastError
 from bbfast.store import Store
 
 WIDTH = 1000  # pixels of a picture in the documentation
-COLOURS = 128
+COLOURS = 256
 SMALLER: dict[str, dict[str, Any]] = {
     "hessian": {"n": 300, "m": 40, "probes": 2, "trace_probes": 10},
     "loss_landscape": {"points": 21},
@@ -35,12 +35,12 @@ SMALLER: dict[str, dict[str, Any]] = {
 
 
 def shrink(figure: Path, out: Path) -> None:
-    """A small copy with few colours: line drawings do not suffer, and a page of them stays light."""
+    """A small copy with few colours, thin lines' among them: drawings do not suffer, and a page of them stays light."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with Image.open(figure) as image:
         height = round(image.height * WIDTH / image.width)
         small = image.convert("RGB").resize((WIDTH, height), Image.Resampling.LANCZOS)
-        small.quantize(COLOURS, dither=Image.Dither.NONE).save(out, optimize=True)
+        small.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, optimize=True)
 
 
 def said(found: AnalysisResult) -> str:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["EmbeddingConfig", "draw_embedding", "embedding_numbers", "features", "principal", "sample", "statistics"]
 
 _WIDEST, _NEIGHBOURS, _MOST = 16_384, 20, 5000
+_NAMED = 14
+"""Classes up to which each has its name in the legend."""
 
 
 class EmbeddingConfig(ToolConfig):
@@ -147,7 +149,7 @@ def draw_embedding(numbers: Numbers, title: str) -> Figure:
     low, high = xy.min(0), xy.max(0)
     xy = (xy - low) / np.where(high > low, high - low, 1)
     size = float(np.clip(9000 / len(xy), 0.6, 22))
-    present = np.unique(labels)
+    present = np.unique(labels[~bad])
     colours = dict(zip(present.tolist(), class_colours(len(present)), strict=True))
     note = f"{numbers.meta['caption']}; {numbers.meta['layer']}, {numbers.meta['components']} components, "
     with figure(6.6, 5.4, f"{note}{len(xy)} samples, {int(bad.sum())} with trigger") as made:
@@ -163,7 +165,9 @@ def draw_embedding(numbers: Numbers, title: str) -> Figure:
         axis.set_xlabel(f"{title} 1")
         axis.set_ylabel(f"{title} 2")
         handles, words = axis.get_legend_handles_labels()
-        order = [*sorted(range(len(drawn)), key=drawn.__getitem__), len(drawn)]
+        # Triggered samples last; of very many classes the target alone has a name.
+        named = drawn if len(drawn) <= _NAMED else [c for c in drawn if c == numbers.meta["target"]]
+        order = [*sorted(map(drawn.index, named), key=drawn.__getitem__), len(drawn)]
         legend = made.legend([handles[i] for i in order], [words[i] for i in order], loc="outside right center")
         for handle in legend.legend_handles:
             if handle is not None:

@@ -193,8 +193,9 @@ class LossLandscape(Tool):
                 loss = np.clip(arrays[f"loss_{side}"][:, middle], 1e-4, _DRAWN)
                 cut.semilogy(a, loss, line, color=colour, label=words)
             cut.axvline(0, color="#BBBBBB", lw=0.8, ls=":")
-            cut.set(title="cut along direction 1", xlabel="direction 1", ylabel="cross-entropy, clipped at 10")
-            cut.legend()
+            cut.set_xlabel("direction 1")
+            cut.set_title("cross-entropy along direction 1", pad=22)
+            cut.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, borderaxespad=0.1, columnspacing=1.0)
         return made
 
 

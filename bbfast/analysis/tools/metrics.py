@@ -177,7 +177,7 @@ def _bars(axis: Any, numbers: Numbers) -> None:
         colour = (CLEAN if len(labels) == 1 else OTHER) if i == 0 else TARGET
         axis.bar(at, values, width, yerr=errors, capsize=3, color=colour, edgecolor="#333333", lw=0.5, label=label)
         for x, value, top in zip(at, values, np.fmax(values, ends[1]), strict=True):
-            axis.text(x, top + 0.015, f"{value:.3f}", ha="center", va="bottom", fontsize=7.5)
+            axis.text(x, top + 0.015, f"{value:.3f}", ha="center", va="bottom", fontsize=6.5)
     axis.set_xticks(range(len(keys)), [_WORDS[key] for key in keys])
     axis.set(ylabel="rate (95 % intervals)", ylim=(0, 1.1), yticks=np.linspace(0, 1, 6))
     axis.set_title("test set", pad=26)

@@ -171,13 +171,13 @@ class Shapley(Tool):
                     row, which = 2 * i + offset, i + offset * count
                     picture(axes[row, 0], numbers, i, side)
                     first = axes[row, 0].get_title().replace(", ", "\n")
-                    axes[row, 0].set_title(first, fontsize=9)
+                    axes[row, 0].set_title(first, fontsize=8)
                     axes[row, 0].set_ylabel("with trigger" if side == "bd" else "without trigger", fontsize=9)
                     for column in range(1, columns):
                         axis = axes[row, column]
                         drawn = axis.imshow(phi[which, column - 1], cmap="coolwarm", vmin=-scale, vmax=scale)
                         name = names[int(arrays["cls"][which, column - 1])]
-                        axis.set_title(f"for {short_name(name, 15)}", fontsize=9)
+                        axis.set_title(f"for {short_name(name, 14)}", fontsize=8)
                         axis.set(xticks=[], yticks=[])
             made.colorbar(drawn, ax=axes, label="attribution to the logit, for (+) or against (-)", shrink=0.4)
         return made
