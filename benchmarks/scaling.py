@@ -12,6 +12,7 @@ python benchmarks/scaling.py [--rate 60] [--store runs/]
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import statistics
@@ -34,7 +35,28 @@ OWN_EPOCHS = {"lc": 100, "ssba": 20}
 PLAIN = "badnets"
 BY_CLASS = ("nc",)
 """Work that grows with the number of classes; it was counted for ten."""
+COUNTED_SIDE = 16
+"""Pixels of a side of the images that were counted."""
 HERE = Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a stage computes.
+
+    Args:
+        passes: Of the victim, forward and backward, of one image.
+        operations: Of other networks.
+    """
+
+    passes: float
+    operations: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.passes + other.passes, self.operations + other.operations)
+
+    def flops(self, dataset: str, model: str) -> float:
+        return self.passes * _operations(dataset, model) + self.operations
 
 
 class Counts:
@@ -47,17 +69,26 @@ class Counts:
     def knows(self, kind: str, name: str) -> bool:
         return name in self._found.get(f"{kind}s", {})
 
-    def attack(self, name: str, dataset: str) -> tuple[float, float]:
-        """Passes of the victim's training with its evaluation, and of what its other runs find in the store."""
+    def attack(self, name: str, dataset: str) -> tuple[Work, Work]:
+        """The victim's training with its evaluation, and what its other runs find in the store."""
         recipe = Recipe.preset("paper", dataset)
         epochs = recipe.replace(**attacks.create(name).recipe_overrides(recipe)).epochs
-        part = functools.partial(self._at, "attacks", name, _train(dataset))
-        own = part("own") * OWN_EPOCHS[name] if name in ATTACK_LEVELS else 0.0
-        return part("epoch") * epochs + _evaluation(dataset), part("surrogate") * recipe.epochs + own + part("rest")
+        own = OWN_EPOCHS[name] if name in ATTACK_LEVELS else 0
+
+        def both(*parent: str) -> tuple[float, float]:
+            part = functools.partial(self._at, ("attacks", name), _train(dataset), *parent)
+            return part("epoch") * epochs, part("surrogate") * recipe.epochs + part("own") * own + part("rest")
+
+        run, once = both()
+        # Networks of the attacker's: convolutions over the image, whatever the victim.
+        height, width = datasets.info(dataset)["image_size"][1:]
+        pixels = height * width / COUNTED_SIDE**2
+        networks = both("networks") if self._found["attacks"][name][str(self._sizes[0])].get("networks") else (0, 0)
+        return Work(run + _evaluation(dataset), networks[0] * pixels), Work(once, networks[1] * pixels)
 
     def defense(self, name: str, dataset: str) -> float:
         config = defenses.create(name).for_dataset(dataset).config
-        part = functools.partial(self._at, "defenses", name, _train(dataset))
+        part = functools.partial(self._at, ("defenses", name), _train(dataset))
         classes = datasets.info(dataset)["num_classes"] / 10 if name in BY_CLASS else 1.0
         total = part("rest")
         for level in LEVELS.get(name, ()):
@@ -65,12 +96,14 @@ class Counts:
             total += part(level) * times * (classes if level == "inversion_epochs" else 1.0)
         return total + _evaluation(dataset)
 
-    def _at(self, kind: str, name: str, images: int, part: str) -> float:
+    def _at(self, method: tuple[str, str], images: int, *part: str) -> float:
         """Linear in the number of training images; the hold-out is 5 % of them, here and there."""
         low, high = self._sizes
-        first, second = (self._found[kind][name][str(size)][part] for size in (low, high))
+        kind, name = method
+        found = self._found[kind][name]
+        first, second = (functools.reduce(lambda at, key: at[key], part, found[str(size)]) for size in (low, high))
         each = (second - first) / (high - low)
-        fixed = (first - each * low) * STEPS.get(name, {}).get(part, 1.0)
+        fixed = (first - each * low) * STEPS.get(name, {}).get(part[-1], 1.0)
         return max(0.0, fixed + each * images)
 
 
@@ -100,12 +133,14 @@ def published_rate() -> float:
 
 
 def methods_table(counts: Counts) -> None:
-    print("\nEpochs' worth of passes on CIFAR-10 (counted, scaled to 50,000 images and the paper's settings)\n")
-    print("| | a run | made once for all ratios |\n|---|---|---|")
     grid, images = load_grid("paper"), _train("cifar10")
+    about = f"of {grid.models[0]} on CIFAR-10 (counted, scaled to 50,000 images and the paper's settings)"
+    print(f"\nEpochs' worth of passes {about}\n")
+    print("| | a run | made once for all ratios |\n|---|---|---|")
     for entry in grid.attacks:
         if counts.knows("attack", entry.name):
-            run, once = (value / images for value in counts.attack(entry.name, "cifar10"))
+            own = _operations("cifar10", grid.models[0]) * images
+            run, once = (work.flops("cifar10", grid.models[0]) / own for work in counts.attack(entry.name, "cifar10"))
             print(f"| {entry.name} | {run:.1f} | {once:.1f} |")
     for entry in grid.defenses:
         if counts.knows("defense", entry.name):
@@ -119,11 +154,11 @@ def hours(plan: Plan, counts: Counts, rate: float) -> tuple[dict[str, list[float
     missing: defaultdict[str, int] = defaultdict(int)
     made: set[tuple[str, str, str]] = set()
 
-    def add(task: Task, values: tuple[float, float, float]) -> None:
+    def add(task: Task, works: tuple[Work, Work, Work]) -> None:
         data, model = str(task.spec["data"]["name"]), str(task.spec["model"])
-        factor = _operations(data, model) / rate / 1e12 / 3600
+        values = [work.flops(data, model) / rate / 1e12 / 3600 for work in works]
         for key in (model, "all"):
-            table[key] = [old + value * factor for old, value in zip(table[key], values, strict=True)]
+            table[key] = [old + value for old, value in zip(table[key], values, strict=True)]
 
     for cell in plan.cells:
         if cell.task is None:
@@ -135,11 +170,11 @@ def hours(plan: Plan, counts: Counts, rate: float) -> tuple[dict[str, list[float
             name = PLAIN
         run, once = counts.attack(name, data)
         if task.kind == "defense":
-            own = counts.defense(task.method, data)
+            own = Work(counts.defense(task.method, data))
             add(task, (run + once + own, own, own))
         else:
             place = (data, str(task.spec["model"]), name)
-            add(task, (run + once, run + once, run + (0 if place in made else once)))
+            add(task, (run + once, run + once, run if place in made else run + once))
             made.add(place)
     return table, missing
 

@@ -54,6 +54,10 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "ss": ("recipe",),
 }
 ATTACK_LEVELS = {"lc": "surrogate_epochs", "ssba": "encoder_epochs"}
+OWN_NETWORKS = ("input_aware", "lira", "ssba")
+"""Attacks that train networks of their own, whose operations do not depend on the victim."""
+OTHER_MODEL = "resnet18"
+"""A second victim, of another cost: what does not grow with the victim's is the networks'."""
 EPOCHS = {"input_aware": (8, 16), "lira": (6, 12)}
 """Epochs of the two runs, (2, 4) else: these have phases that are parts of the whole."""
 # blind: the second loss from the start, which is the most it takes. dbd: fewer steps of an epoch than its 1024.
@@ -130,15 +134,15 @@ def prerequisites(count: Count, spent: list[int]) -> Iterator[None]:
         AttackContext.obtain = plain  # type: ignore[method-assign]
 
 
-def attack_flops(name: str, data: DataPair, epochs: int, level: int = 1) -> tuple[int, int]:
+def attack_flops(name: str, data: DataPair, model: str, epochs: int, level: int = 1) -> tuple[int, int]:
     """Of the victim's training, and of the prerequisites, with nothing in the store."""
     own = {ATTACK_LEVELS[name]: level} if name in ATTACK_LEVELS else {}
     method = attacks.create(name, ratio=0.05, **FIXED.get(name, {}), **own)
-    recipe = Recipe.preset("paper", "cifar10", MODEL)
+    recipe = Recipe.preset("paper", "cifar10", model)
     recipe = recipe.replace(**method.recipe_overrides(recipe)).replace(epochs=epochs, eval_every=0)
     spent: list[int] = []
     with tempfile.TemporaryDirectory() as store, Count() as count, prerequisites(count, spent):
-        attacks.attack(method, data, MODEL, recipe, device="cpu", store=store, progress=False)
+        attacks.attack(method, data, model, recipe, device="cpu", store=store, progress=False)
     return count.flops - sum(spent), sum(spent)
 
 
@@ -149,18 +153,30 @@ def defense_flops(name: str, attack: AttackResult, settings: Mapping[str, Any]) 
     return counted(lambda: defenses.defend(method, attack, device="cpu", progress=False, recipe=recipe))
 
 
-def count_attack(name: str, sets: Mapping[int, DataPair], one: int) -> dict[str, Any]:
-    """Passes at each size: of an epoch of the victim (``epoch``) and, of what later runs find in the store, for each of
-    the victim's epochs (``surrogate``), for each epoch of its own (``own``), and once (``rest``)."""
-    found: dict[str, Any] = {}
+def attack_parts(name: str, data: DataPair, model: str) -> dict[str, float]:
+    """Operations of an epoch of the victim (``epoch``) and, of what later runs find in the store, for each of the
+    victim's epochs (``surrogate``), for each epoch of its own (``own``), and once (``rest``)."""
     low, high = EPOCHS.get(name, (2, 4))
+    (first, needed), (second, later) = (attack_flops(name, data, model, epochs) for epochs in (low, high))
+    surrogate = (later - needed) / (high - low)
+    own = attack_flops(name, data, model, low, 2)[1] - needed if name in ATTACK_LEVELS else 0.0
+    rest = needed - low * surrogate - own
+    return {"epoch": (second - first) / (high - low), "surrogate": surrogate, "own": own, "rest": rest}
+
+
+def count_attack(name: str, sets: Mapping[int, DataPair], one: int) -> dict[str, Any]:
+    """Passes at each size by :func:`attack_parts`, and in ``networks`` the operations of networks of its own."""
+    found: dict[str, Any] = {}
     for size, data in sets.items():
-        (first, needed), (second, later) = (attack_flops(name, data, epochs) for epochs in (low, high))
-        surrogate = (later - needed) / (high - low)
-        own = attack_flops(name, data, low, 2)[1] - needed if name in ATTACK_LEVELS else 0
-        rest = needed - low * surrogate - own
-        parts = {"epoch": (second - first) / (high - low), "surrogate": surrogate, "own": own, "rest": rest}
-        found[str(size)] = {part: value / one for part, value in parts.items()}
+        parts, networks = attack_parts(name, data, MODEL), dict[str, float]()
+        if name in OWN_NETWORKS:
+            cost = pass_flops(OTHER_MODEL, 10, data.image_size)
+            other = attack_parts(name, data, OTHER_MODEL)
+            passes = {part: (other[part] - parts[part]) / (cost - one) for part in parts}
+            networks = {part: parts[part] - passes[part] * one for part in parts}
+        else:
+            passes = {part: value / one for part, value in parts.items()}
+        found[str(size)] = {**passes, "networks": networks}
     return found
 
 
