@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["draw_depth"]
 
 _FLOOR = 1e-12
+_STEPS = [step * 10.0**power for power in range(-6, 7) for step in (1, 2, 5)]
 
 
 def draw_depth(numbers: Numbers) -> Figure:
@@ -46,6 +47,8 @@ def draw_depth(numbers: Numbers) -> Figure:
         )
         for axis, word in zip(axes[:, 0], words, strict=False):
             axis.set_ylabel(word)
+        # Of all columns, which share it: set while they are drawn, it would be that of the first.
+        axes[1, 0].set_ylim(0, max(1.0, 105 * float(np.nanmax(numbers.arrays["neurons"], initial=0.0))))
         from matplotlib.lines import Line2D
 
         handles = [
@@ -74,7 +77,7 @@ def _draw_column(axes: Any, numbers: Numbers, here: Sequence[int]) -> None:
     axes[0].axhline(0.5, color="#BBBBBB", lw=0.8, ls=":")
     axes[0].set(ylim=(0.4, 1.02))
     axes[2].set(ylim=(0, 1), xlabel="convolution or linear layer")
-    axes[1].set(xlabel="convolution or linear layer", ylim=(0, None))
+    axes[1].set_xlabel("convolution or linear layer")
     _named(axes[0], meta["blocks"])
     for axis in axes[1:3]:
         axis.set_xticks(range(0, len(meta["layers"]), max(1, len(meta["layers"]) // 7)))
@@ -84,8 +87,11 @@ def _draw_column(axes: Any, numbers: Numbers, here: Sequence[int]) -> None:
     ends = [(1.6 * k + x, word) for k, name in enumerate(meta["defenses"]) for x, word in ((0, "none"), (1, name))]
     axes[4].set_xticks([x for x, _ in ends], [word for _, word in ends])
     # Changes of one channel differ by decades from those of another.
-    top = float(np.nanmax(arrays["z_top"], initial=1.0))
-    axes[4].set(yscale="symlog", ylim=(0, 1.3 * top))
+    top = 1.3 * float(np.nanmax(arrays["z_top"], initial=1.0))
+    axes[4].set(yscale="symlog", ylim=(0, top))
+    shown = [0.0, 0.5, *(x for x in _STEPS if 1 <= x <= top)]
+    axes[4].set_yticks(shown, [f"{x:g}" for x in shown], minor=False)
+    axes[4].minorticks_off()
 
 
 def _draw_frequencies(axis: Any, numbers: Numbers, here: Sequence[int]) -> None:
@@ -96,8 +102,12 @@ def _draw_frequencies(axis: Any, numbers: Numbers, here: Sequence[int]) -> None:
         axis.plot(cycles, triggered / clean, zorder=3, **_style(meta["models"][i]["defense"], meta["defenses"]))
     axis.axhline(1, color="#BBBBBB", lw=0.8, ls=":")
     axis.set(yscale="log", xlabel="cycles an image")
-    axis.yaxis.set_major_formatter("{x:.3g}")
-    axis.yaxis.set_minor_formatter("{x:.3g}")
+    ratio = np.maximum(arrays["radial"][:, 1], _FLOOR) / np.maximum(arrays["radial"][:, 0], _FLOOR)
+    low, high = min(0.5, float(ratio.min(initial=1.0)) / 1.2), max(2.0, 1.2 * float(ratio.max(initial=1.0)))
+    shown = [x for x in _STEPS if low <= x <= high]
+    axis.set_ylim(low, high)
+    axis.set_yticks(shown, [f"{x:g}" for x in shown], minor=False)
+    axis.minorticks_off()
     shade = axis.twinx()
     if here:
         shade.fill_between(cycles, 100 * arrays["energy"][here[0]], color="#DDDDDD", step="mid", lw=0)
