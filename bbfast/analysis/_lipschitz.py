@@ -16,6 +16,8 @@ from bbfast import ops
 __all__ = ["Pairing", "agreement", "channel_bounds", "factor", "operator_norm", "paired"]
 
 _log = logging.getLogger(__name__)
+_ALL_UP_TO = 512
+"""Rows or columns of a matrix all of whose singular values are cheap."""
 _FEW = 0.05
 """Share of the channels in the comparison of the largest bounds with the largest changes."""
 _THROUGH = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
@@ -128,7 +130,7 @@ def operator_norm(layer: nn.Module, shape: tuple[int, ...], steps: int, generato
         return float(factor(layer).abs().max())
     weight = layer.get_parameter("weight").detach()
     if not isinstance(layer, nn.Conv2d):
-        return float(torch.linalg.matrix_norm(weight.double(), 2))
+        return _largest_singular(weight, generator)
     x = torch.randn(1, *shape[1:], generator=generator).to(weight)
     norm = 0.0
     for _ in range(steps):
@@ -142,6 +144,17 @@ def operator_norm(layer: nn.Module, shape: tuple[int, ...], steps: int, generato
         (x,) = torch.autograd.grad(y, x, y.detach())
         x = x.detach()
     return norm
+
+
+def _largest_singular(weight: Tensor, generator: torch.Generator) -> float:
+    """Of a matrix: of a large one by Lanczos, as all singular values of VGG19's 4096 x 25088 take minutes."""
+    if min(weight.shape) <= _ALL_UP_TO:
+        return float(torch.linalg.matrix_norm(weight.double(), 2))
+    from scipy.sparse.linalg import svds
+
+    start = torch.randn(min(weight.shape), generator=generator).numpy()
+    found = svds(weight.float().cpu().numpy(), k=1, v0=start, return_singular_vectors=False)
+    return float(found[0])
 
 
 def agreement(bounds: dict[str, np.ndarray], tac: dict[str, np.ndarray], names: list[str]) -> dict[str, float]:

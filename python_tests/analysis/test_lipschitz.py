@@ -109,6 +109,13 @@ def test_norm_of_a_whole_convolution() -> None:
     )
 
 
+def test_norm_of_a_large_matrix() -> None:
+    linear = nn.Linear(900, 600)
+    norm = operator_norm(linear, (1, 900), 0, torch.Generator().manual_seed(0))
+    assert norm == pytest.approx(float(torch.linalg.svdvals(linear.weight.detach().double())[0]), rel=1e-5)
+    assert norm == operator_norm(linear, (1, 900), 0, torch.Generator().manual_seed(0))
+
+
 def test_without_layers(badnets: AttackResult, tmp_path: Path) -> None:
     bare = nn.Sequential(nn.Flatten(), nn.LayerNorm(3072))
     with pytest.raises(UnsupportedModelError, match="lipschitz cannot work on Sequential"):
