@@ -148,7 +148,7 @@ def runner(root: Path, script: Path) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_workers_killed_at_random_moments(plan: MakePlan, tmp_path: Path, times: int) -> None:
     """SIGKILL of one worker or another, in a stage, between two or while it starts; who is killed thrice is retried."""
     made, root, chance = plan(**GRID), tmp_path / "killed", random.Random(times)
@@ -175,7 +175,7 @@ def test_workers_killed_at_random_moments(plan: MakePlan, tmp_path: Path, times:
     assert to_csv(grid_rows(made, Store(root))) == to_csv(grid_rows(made, Store(tmp_path / "calm")))
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_again_and_again_ends_as_if_never_killed(plan: MakePlan, tmp_path: Path, times: int) -> None:
     """SIGKILL of the runner at moments spread over its run; its workers end with it."""
     made = plan(**GRID)
