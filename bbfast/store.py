@@ -8,6 +8,7 @@ damaged since is put aside, never loaded.
     <root>/.work/<key>/         checkpoints of an unfinished one
     <root>/.locks/<key>         held while it is being made
     <root>/.quarantine/         damaged artefacts
+    <root>/.shared/             a store of its own: what defenses make alike, see bbfast.defenses.DefenderView.obtain
 """
 
 from __future__ import annotations

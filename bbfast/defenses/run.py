@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["Population", "build_view", "check_model", "check_seed", "defend", "resolve_attack", "run_and_judge"]
 
 _log = logging.getLogger(__name__)
+_SHARED = ".shared"
+"""In a store, the store of what defenses make alike."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -220,7 +222,8 @@ def build_view(
         device=device,
         progress=progress,
         checkpoint=checkpoint,
-        store=store,
+        # Not the store of the results: the attack's own lies there.
+        store=None if store is None else Store(store.root / _SHARED),
     )
     return view, Population(test, backdoor_test, whole, truth, draws)
 

@@ -7,6 +7,7 @@ import gc
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from bbfast.defenses.holdout import draw_holdout, draw_reserve, make_stream, spl
 from bbfast.defenses.run import build_view
 from bbfast.defenses.view import DefenderView, private_copy
 from bbfast.errors import AccessDeniedError, DataRequirementError
+from bbfast.store import Store
 
 MakeAttack = Callable[..., AttackResult]
 MakeView = Callable[..., DefenderView]
@@ -105,6 +107,16 @@ def test_no_secret_can_be_reached(toy_attack: MakeAttack, name: str) -> None:
             for key, value in truth.items():
                 same = item.shape == value.shape and item.dtype == value.dtype and torch.equal(item, value)
                 assert not same, f"{key} can be reached"
+
+
+def test_the_store_of_results_cannot_be_reached(toy_attack: MakeAttack, tmp_path: Path) -> None:
+    """What a view keeps and finds lies in a store of its own, where no attack is."""
+    store = Store(tmp_path)
+    toy_attack().save(store.path("attack", "toy", "0" * 64))
+    view, _ = build_view(defense_with(*NEEDS), toy_attack(), 0.2, 0, CPU, checkpoint=tmp_path / ".work", store=store)
+    view.obtain("thing", {}, lambda folder: {"x": torch.zeros(1)}, seed=0)
+    stores = [item for item in reachable(view) if isinstance(item, Store)]
+    assert [entry.name for one in stores for entry in one.list()] == ["thing"] and store.list("attack")
 
 
 def test_the_walk_finds_a_leak(toy_attack: MakeAttack) -> None:
