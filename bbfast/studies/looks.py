@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["COLOURS", "MARKERS", "WORDS", "look", "percent", "series"]
+__all__ = ["COLOURS", "MARKERS", "WORDS", "colours_apart", "look", "percent", "series"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#808000")
 """Okabe and Ito's, and two of Tol's: apart for colour-blind readers on white."""
@@ -31,6 +31,16 @@ def look(defense: str) -> dict[str, Any]:
     name = defense if defense in known else defense.replace(",", " ").split()[0]
     at = known.index(name) if name in known else sum(defense.encode())
     return {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at // len(COLOURS) % len(MARKERS)]}
+
+
+def colours_apart(defenses: Sequence[str]) -> dict[str, str]:
+    """The defenses' colours where no marker tells two of one colour apart: the later one gets a colour that is free."""
+    taken: dict[str, str] = {}
+    for name in dict.fromkeys(defenses):
+        own = look(name)["color"]
+        free = (colour for colour in COLOURS if colour not in taken.values())
+        taken[name] = next(free, own) if own in taken.values() else own
+    return taken
 
 
 def series(names: Sequence[str], skip: int = 0) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from bbfast.studies.looks import colours_apart, look
 from bbfast.studies.statistics import compare_pairs, holm, kendall, nanmean, spearman, two_way
 
 
@@ -88,3 +89,11 @@ def test_two_way_without_all_cells() -> None:
 def test_means_of_what_is_known() -> None:
     found = nanmean([[1.0, math.nan], [3.0, math.nan]], 0)
     assert found[0] == 2.0 and math.isnan(found[1]) and nanmean([[1.0, math.nan], [3.0, 2.0]]) == 2.0
+
+
+def test_colours_of_defenses() -> None:
+    """A defense keeps its colour unless one before it in the figure has the same."""
+    assert look("ft")["color"] == look("ft_sam")["color"] and look("ft")["marker"] != look("ft_sam")["marker"]
+    apart = colours_apart(["none", "ft", "ft_sam", "nc"])
+    assert len(set(apart.values())) == 4 and apart["ft"] == look("ft")["color"]
+    assert colours_apart(["ft_sam", "nc"]) == {name: look(name)["color"] for name in ("ft_sam", "nc")}

@@ -10,7 +10,7 @@ import numpy as np
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.style import figure
 from bbfast.bench.grid import NO_DEFENSE
-from bbfast.studies.looks import MARKERS, look
+from bbfast.studies.looks import MARKERS, colours_apart
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +60,12 @@ def draw_depth(numbers: Numbers) -> Figure:
 
 def _style(defense: str, defenses: Sequence[str]) -> dict[str, Any]:
     place = 1 + defenses.index(defense) if defense in defenses else 0
-    return {**look(defense), "marker": MARKERS[place % len(MARKERS)], "ms": 4, "lw": 1.4}
+    return {
+        "color": colours_apart(["none", *defenses])[defense],
+        "marker": MARKERS[place % len(MARKERS)],
+        "ms": 4,
+        "lw": 1.4,
+    }
 
 
 def _draw_column(axes: Any, numbers: Numbers, here: Sequence[int]) -> None:
@@ -73,7 +78,14 @@ def _draw_column(axes: Any, numbers: Numbers, here: Sequence[int]) -> None:
         if plain is not None and i != plain:
             at = 1.6 * meta["defenses"].index(name)
             for before, after in zip(arrays["z_top"][plain], arrays["z_top"][i], strict=True):
-                axes[4].plot([at, at + 1], [before, after], color=look(name)["color"], lw=0.8, marker=".", ms=4)
+                axes[4].plot(
+                    [at, at + 1],
+                    [before, after],
+                    color=_style(name, meta["defenses"])["color"],
+                    lw=0.8,
+                    marker=".",
+                    ms=4,
+                )
     axes[0].axhline(0.5, color="#BBBBBB", lw=0.8, ls=":")
     axes[0].set(ylim=(0.4, 1.02))
     axes[2].set(ylim=(0, 1), xlabel="convolution or linear layer")

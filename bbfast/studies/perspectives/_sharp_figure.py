@@ -10,7 +10,7 @@ from bbfast.analysis._layers import log_ticks
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.style import CLEAN, OTHER, POISONED, figure
 from bbfast.bench.grid import NO_DEFENSE
-from bbfast.studies.looks import look, series
+from bbfast.studies.looks import colours_apart, series
 from bbfast.studies.statistics import nanmean
 
 if TYPE_CHECKING:
@@ -80,12 +80,13 @@ def _against_asr(axis: Any, numbers: Numbers) -> None:
 def _radii(axis: Any, numbers: Numbers) -> None:
     meta, extent = numbers.meta, numbers.meta["extent"]
     marks = dict(zip(meta["attacks"], series(meta["attacks"]), strict=True))
+    colours = colours_apart([row["defense"] for row in meta["models"]])
     edge, named = 1.04 * extent, []
     for row in meta["models"]:
         if np.isnan(row["radius_asr"]) or np.isnan(row["radius_c_acc"]):
             continue
         x, y = (min(row[key], edge) for key in ("radius_c_acc", "radius_asr"))
-        style = {"color": look(row["defense"])["color"], "marker": marks[row["attack"]]["marker"]}
+        style = {"color": colours[row["defense"]], "marker": marks[row["attack"]]["marker"]}
         axis.plot(x, y, ms=8, mec="w", ls="", clip_on=False, zorder=3, **style)
         # What lies beyond the cut.
         for beyond, step in ((row["radius_c_acc"] > extent, (1, 0)), (row["radius_asr"] > extent, (0, 1))):
@@ -106,7 +107,7 @@ def _radii(axis: Any, numbers: Numbers) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], ls="", marker="s", ms=8, color=look(name)["color"], label=name) for name in dict.fromkeys(named)
+        Line2D([], [], ls="", marker="s", ms=8, color=colours[name], label=name) for name in dict.fromkeys(named)
     ]
     axis.legend(handles=handles, title="defense", loc="center left", bbox_to_anchor=(1.0, 0.5))
 
