@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bbfast.bench.compare import compare, load_published
+from bbfast.bench.compare import compare
 from bbfast.bench.gc import Garbage, find_garbage, remove_garbage
 from bbfast.bench.grid import Grid, load_grid
 from bbfast.bench.index import Index
@@ -13,6 +13,7 @@ from bbfast.bench.plan import Cell, Plan, Task, make_plan
 from bbfast.bench.pool import LocalPool, Pool
 from bbfast.bench.pools import local_pool, make_pool
 from bbfast.bench.presets import GRIDS
+from bbfast.bench.published import read_published
 from bbfast.bench.results import aggregate, grid_rows, pivot, select, to_csv, to_json
 from bbfast.bench.run import Summary, run_plan
 
@@ -34,11 +35,11 @@ __all__ = [
     "grid_rows",
     "kept_grids",
     "load_grid",
-    "load_published",
     "local_pool",
     "make_plan",
     "make_pool",
     "pivot",
+    "read_published",
     "remove_garbage",
     "run_plan",
     "select",

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import functools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from bbfast.bench.grid import NO_DEFENSE
-from bbfast.errors import ArtifactError, UnknownNameError
+from bbfast.bench.published import FIGURES, Place
 
-__all__ = ["Comparison", "compare", "load_published"]
-
-_COLUMNS = ("dataset", "backbone", "attack_name", "defense_name", "ratio", "test_acc", "test_asr", "test_ra")
-_DATASETS = {"tiny": "tiny_imagenet"}
-_FIGURES = {"c_acc": "test_acc", "asr": "test_asr", "r_acc": "test_ra"}
-
-Place = tuple[str, str, str, float, str]
+__all__ = ["Comparison", "compare"]
 
 
 class Comparison(dict[str, Any]):
@@ -27,48 +17,13 @@ class Comparison(dict[str, Any]):
     attack, ratio, defense) the two tables have nothing in common, with both sides' values."""
 
 
-def load_published(path: str | Path) -> dict[Place, dict[str, float | None]]:
-    """A published table: place (data set, model, attack, ratio, defense) in our names to ``c_acc``, ``asr``, ``r_acc``.
-
-    Args:
-        path: CSV with the columns dataset, backbone, attack_name, defense_name, ratio, test_acc, test_asr, test_ra;
-            fractions; a cell that was not run is empty.
-
-    Raises:
-        ArtifactError: if it cannot be read, or columns or numbers are wrong; naming the line.
-    """
-    path = Path(path).expanduser()
-    table: dict[Place, dict[str, float | None]] = {}
-    attack, defense = functools.cache(_attack), functools.cache(_defense)
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
-            if missing:
-                raise ArtifactError(f"{path}: expected the columns {', '.join(_COLUMNS)}; missing: {missing}")
-            for line in reader:
-                place = (
-                    _DATASETS.get(line["dataset"], line["dataset"]),
-                    line["backbone"],
-                    attack(line["attack_name"]),
-                    float(line["ratio"]),
-                    defense(line["defense_name"]),
-                )
-                table[place] = {ours: _number(line[theirs]) for ours, theirs in _FIGURES.items()}
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError) as error:
-        raise ArtifactError(f"{path}, line {reader.line_num}: {error}") from error
-    return table
-
-
 def compare(rows: Sequence[Mapping[str, Any]], published: Mapping[Place, Mapping[str, float | None]]) -> Comparison:
     """Match results with a published table; several of ours at one place (seeds) are averaged.
 
     Args:
         rows: With the keys dataset, model, attack, ratio, defense and the metrics; see
             :func:`bbfast.bench.results.grid_rows`.
-        published: See :func:`load_published`.
+        published: See :func:`bbfast.bench.read_published`.
     """
     ours: dict[Place, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -81,7 +36,7 @@ def compare(rows: Sequence[Mapping[str, Any]], published: Mapping[Place, Mapping
         cell: dict[str, Any] = dict(
             zip(("dataset", "model", "attack", "ratio", "defense"), place, strict=True), n=len(ours[place])
         )
-        for metric in _FIGURES:
+        for metric in FIGURES:
             mine = [float(row[metric]) for row in ours[place] if row.get(metric) is not None]
             theirs = published[place][metric]
             both = bool(mine) and theirs is not None
@@ -90,7 +45,7 @@ def compare(rows: Sequence[Mapping[str, Any]], published: Mapping[Place, Mapping
             cell[f"{metric}_difference"] = cell[metric] - theirs if both and theirs is not None else None
         cells.append(cell)
     summary = {}
-    for metric in _FIGURES:
+    for metric in FIGURES:
         gaps = [c[f"{metric}_difference"] for c in cells if c[f"{metric}_difference"] is not None]
         summary[metric] = {
             "n": len(gaps),
@@ -113,27 +68,3 @@ def _apart(ours: Iterable[Place], theirs: Iterable[Place]) -> dict[str, tuple[li
     if not all(sides):
         return {}
     return {key: (a, b) for key, a, b in zip(columns, *sides, strict=True) if not set(a) & set(b)}
-
-
-def _attack(name: str) -> str:
-    from bbfast import attacks
-
-    try:
-        return str(attacks.info(name)["name"])
-    except UnknownNameError:
-        return name
-
-
-def _defense(name: str) -> str:
-    from bbfast import defenses
-
-    if name in ("no defense", "no_defense", "none", ""):
-        return NO_DEFENSE
-    try:
-        return defenses.find(name).name
-    except UnknownNameError:
-        return name
-
-
-def _number(text: str) -> float | None:
-    return float(text) if text.strip() else None

@@ -217,12 +217,12 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Put a grid's figures beside a published leaderboard: matched cells, differences, coverage."""
         from bbfast.bench import compare as compared
-        from bbfast.bench import grid_rows, load_published, to_csv
+        from bbfast.bench import grid_rows, read_published, to_csv
         from bbfast.cli import _bench_tables as tables
         from bbfast.store import Store
 
         rows = grid_rows(_planned(source, settings), _there(Store(store.expanduser())))
-        found = compared(rows, load_published(published))
+        found = compared(rows, read_published(published))
         if csv is not None and found["cells"]:
             csv.expanduser().write_text(to_csv(found["cells"]), encoding="utf-8")
             note(f"{len(found['cells'])} cells in {csv}")

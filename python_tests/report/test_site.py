@@ -75,9 +75,9 @@ def test_settings_tell_apart_what_has_the_same_place(ran: Ran) -> None:
 
 
 def test_published_figures_stand_beside_ours(ran: Ran, published: Path) -> None:
-    from bbfast.bench import load_published
+    from bbfast.bench import read_published
 
-    lines = _lines(ran, published=load_published(published))
+    lines = _lines(ran, published=read_published(published))
     ours = next(line for line in lines if line["attack"] == "badnets" and line["defense"] == "none")
     assert ours["published"] == {"c_acc": 0.91, "asr": 0.88, "r_acc": 0.05}
     rest = [line for line in lines if line["status"] == "published"]

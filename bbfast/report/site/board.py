@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bbfast.bench import Plan, grid_rows
-from bbfast.bench.compare import Place
+from bbfast.bench.published import Place
 from bbfast.report.page import METRICS
 from bbfast.report.site.records import Record
 from bbfast.store import Store

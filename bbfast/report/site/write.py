@@ -10,7 +10,7 @@ from typing import Any
 from bbfast import _atomic
 from bbfast._progress import bar
 from bbfast.attacks import AttackResult
-from bbfast.bench import Plan, kept_grids, load_published, make_plan, to_csv, to_json
+from bbfast.bench import Plan, kept_grids, make_plan, read_published, to_csv, to_json
 from bbfast.bench.grid import Grid
 from bbfast.defenses import DefenseResult
 from bbfast.errors import BBFastError
@@ -60,7 +60,7 @@ def write_site(
         store: Folder of results.
         out: Folder of the site; a report that lies there is replaced as a whole.
         grids: Grids whose cells are to be accounted for, beside those that were run on this store.
-        published: A published table to show beside ours, see :func:`bbfast.bench.load_published`.
+        published: A published table to show beside ours, see :func:`bbfast.bench.read_published`.
         title: Headline.
         progress: Show a bar; None decides by the terminal.
 
@@ -70,7 +70,7 @@ def write_site(
     """
     store, out = store if isinstance(store, Store) else Store(store), Path(out)
     _check_place(out)
-    theirs = {} if published is None else load_published(published)
+    theirs = {} if published is None else read_published(published)
     records, broken = read_records(store)
     kept, lost = kept_grids(store)
     plans = [make_plan(grid) for grid in _distinct([*kept, *grids])]
