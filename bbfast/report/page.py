@@ -86,13 +86,15 @@ class Picture:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What an analysis tool found: its figure (a file beside the page), what it asks and says, its files of numbers."""
+    """What an analysis tool found: its figure (a file beside the page; empty: none was drawn), what it asks and says,
+    its files of numbers, and its settings that are not defaults."""
 
     title: str
     question: str
     image: str
     said: str
     files: Sequence[Link] = ()
+    settings: str = ""
 
 
 @dataclass(frozen=True)

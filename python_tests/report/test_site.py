@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import html
 import json
 import re
 import shlex
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_kit import HOSTILE, fabricate
+from report_kit import HOSTILE, PNG, analysed, fabricate
 
+from bbfast import analysis
 from bbfast.bench import Plan, kept_grids, load_grid
 from bbfast.cli.app import main
 from bbfast.errors import ArtifactError
@@ -167,18 +169,77 @@ def test_only_a_report_is_replaced(ran: Ran, tmp_path: Path) -> None:
 def test_what_analysis_found_is_on_the_page(ran: Ran, tmp_path: Path) -> None:
     store = Store(shutil.copytree(ran[0].root, tmp_path / "runs"))
     attack = next(store.root.glob("attack-*"))
-    place = store.root / "analysis" / attack.name / "confusion_matrix"
-    place.mkdir(parents=True)
-    (place / "figure.png").write_bytes(b"png")
-    (place / "numbers.npz").write_bytes(b"npz")
-    (place / "meta.json").write_text(json.dumps({"summary": {"c_acc": 0.5, "note": HOSTILE}}), encoding="utf-8")
-    half = store.root / "analysis" / attack.name / "tsne"
-    half.mkdir()
-    (half / "figure.png").write_bytes(b"png")
+    home = store.root / "analysis" / attack.name
+    whole = analysed(home / "confusion_matrix", {"c_acc": 0.5, "asr": float("nan"), "note": HOSTILE})
+    options = {**analysis.create("grad_cam").config.model_dump(mode="json"), "layer": HOSTILE[:20]}
+    analysed(home / "grad_cam-0123abcd", {"inside": 0.25}, tool="grad_cam", options=options, figure=False)
+    (home / "notes").mkdir()
+    (home / ".bbfast-tmp-x").mkdir()
     site = write_site(store, tmp_path / "site", progress=False)
     page = (tmp_path / "site" / "runs" / f"{attack.name}.html").read_text(encoding="utf-8")
-    assert "c acc 0.5" in page and "Confusion" in page and "t-SNE" not in page
-    assert (site.index.parent / "analysis" / attack.name / "confusion_matrix" / "numbers.npz").read_bytes() == b"npz"
+    assert not site.broken and "Confusion" in page and " c acc 0.5 " in page and "nan" not in page
+    assert f"({html.escape(f'layer = {HOSTILE[:20]}')})" in page.replace("&#39;", "&#x27;") and "inside 0.25" in page
+    assert page.count("<img src=") == page.count("/confusion_matrix/figure.png") - 1 == 1
+    assert f'href="../analysis/{attack.name}/grad_cam-0123abcd/numbers.npz"' in page
+    copied = site.index.parent / "analysis" / attack.name
+    assert (copied / whole.name / "numbers.npz").read_bytes() == (whole / "numbers.npz").read_bytes()
+    assert not (copied / "grad_cam-0123abcd" / "figure.png").exists()
+
+
+META_THAT_IS_NONE = (
+    *("{", "null", "[]", '"x"', "{}"),
+    *('{"summary": null}', '{"summary": [1]}', '{"summary": {}, "meta": 1}'),
+)
+
+
+def test_a_broken_analysis_costs_its_figure_alone(ran: Ran, tmp_path: Path) -> None:
+    store = Store(shutil.copytree(ran[0].root, tmp_path / "runs"))
+    attack = next(store.root.glob("attack-*"))
+    home = store.root / "analysis" / attack.name
+    analysed(home / "metrics", {"c_acc": 0.125})
+    for i, text in enumerate(META_THAT_IS_NONE):
+        (analysed(home / f"meta{i}", {}) / "meta.json").write_text(text, encoding="utf-8")
+    (analysed(home / "half", {}) / "meta.json").unlink()
+    (analysed(home / "cut", {}) / "figure.png").write_bytes(PNG[:-1])
+    (analysed(home / "empty", {}) / "numbers.npz").write_bytes(b"")
+    (analysed(home / "deep", {}) / "meta.json").write_text("[" * 100_000, encoding="utf-8")
+    site = write_site(store, tmp_path / "site", progress=False)
+    names = [*(f"meta{i}" for i in range(len(META_THAT_IS_NONE))), "half", "cut", "empty", "deep"]
+    assert set(site.broken) == {f"analysis/{attack.name}/{name}" for name in names}
+    said = {place.rsplit("/", 1)[1]: why for place, why in site.broken.items()}
+    assert "half written: meta.json missing" in said["half"] and "no whole PNG" in said["cut"]
+    assert "meta.json: summary must be an object, got [1]" in said["meta6"] and "what it holds" in said["meta1"]
+    assert site.runs == 6
+    page = (tmp_path / "site" / "runs" / f"{attack.name}.html").read_text(encoding="utf-8")
+    assert "c acc 0.125" in page and page.count('class="card"><a href="../analysis/') == 1
+    assert {path.name for path in (site.index.parent / "analysis" / attack.name).iterdir()} == {"metrics"}
+    assert f"{len(names)} could not be read" in site.index.read_text(encoding="utf-8")
+
+
+def test_whatever_a_result_raises_the_others_are_written(
+    ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bbfast.report.site import write
+
+    errors = [AttributeError("no luck"), IndexError("no luck"), RuntimeError("no luck"), AssertionError("no luck")]
+    words = sorted(f"{type(error).__name__}: no luck" for error in errors)
+
+    def page(*_: Any) -> Any:
+        raise errors.pop()
+
+    monkeypatch.setattr(write, "defense_page", page)
+    site = write_site(ran[0], tmp_path / "site", progress=False)
+    assert site.runs == 2 and sorted(site.broken.values()) == words
+
+
+def test_a_published_table_that_cannot_be_read_is_refused(
+    ran: Ran, tmp_path: Path, published: Path, capsys: Any
+) -> None:
+    published.write_text(published.read_text().replace("0.88", "nan"), encoding="utf-8")
+    with pytest.raises(SystemExit) as end:
+        main(["report", str(ran[0].root), "--out", str(tmp_path / "site"), "--published", str(published)])
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and "published.csv, line 2, column test_asr" in said and not (tmp_path / "site").exists()
 
 
 def test_an_empty_store_and_a_grid_that_never_ran(tmp_path: Path) -> None:
@@ -193,9 +254,9 @@ def test_hostile_text_stays_text(ran: Ran, tmp_path: Path) -> None:
     store = Store(shutil.copytree(ran[0].root, tmp_path / "runs"))
     fabricate(store, HOSTILE, data=HOSTILE, c_acc=0.5)
     site = write_site(store, tmp_path / "site", title=HOSTILE, progress=False)
-    html = site.index.read_text(encoding="utf-8")
-    assert "<img" not in html and len(site.broken) == 1
-    data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.S)[1])  # type: ignore[index]
+    text = site.index.read_text(encoding="utf-8")
+    assert "<img" not in text and len(site.broken) == 1
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])  # type: ignore[index]
     assert HOSTILE in {line["reason"] for line in data["lines"]}
 
 

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
 import torch
 
 from bbfast.attacks import AttackResult
 from bbfast.defenses import DefenseResult
-from bbfast.errors import UnknownNameError
 from bbfast.report.commands import attack_command, defense_command
 from bbfast.report.figures import progress_curve, score_histogram
 from bbfast.report.page import Analysis, Link, Row, RunPage
 from bbfast.report.run_page import Finished, defense_row, lead, run_page
 from bbfast.report.site.records import Record
 
-__all__ = ["attack_page", "copy_analyses", "defense_page", "page_name", "row_of"]
+__all__ = ["attack_page", "defense_page", "page_name", "row_of"]
 
 _HOME = Link("Leaderboard", "../index.html")
 _GIB = 2**30
@@ -86,38 +80,6 @@ def row_of(record: Record, result: DefenseResult) -> Row:
     """A defense's line on its attack's page."""
     row = defense_row(Finished(str(record.config["defense"]), result, Path(record.folder)))
     return dataclasses.replace(row, href=page_name(record.folder))
-
-
-def copy_analyses(store: Path, folder: str, out: Path) -> list[Analysis]:
-    """What ``bbfast analyze`` left beside a result: its figures and numbers copied to ``out``, and what to say of them.
-
-    A tool's folder that is not whole is left out.
-    """
-    from bbfast import analysis
-
-    found = []
-    for source in sorted((store / "analysis" / folder).glob("*/figure.png")):
-        name, place = source.parent.name, out / "analysis" / folder / source.parent.name
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            words = json.loads((source.parent / "meta.json").read_text(encoding="utf-8"))
-            place.mkdir(parents=True, exist_ok=True)
-            files = [file for file in ("numbers.npz", "table.csv", "figure.pdf") if (source.parent / file).is_file()]
-            for file in ("figure.png", *files):
-                shutil.copyfile(source.parent / file, place / file)
-            title, question = name, ""
-            with contextlib.suppress(UnknownNameError):
-                card = analysis.info(name)
-                title, question = str(card["title"]), str(card["question"])
-            at = f"../analysis/{quote(folder)}/{quote(name)}"
-            said = _said(words["summary"])
-            found.append(Analysis(title, question, f"{at}/figure.png", said, [Link(f, f"{at}/{f}") for f in files]))
-    return found
-
-
-def _said(summary: Mapping[str, Any]) -> str:
-    """The first figures of a summary, in words."""
-    numbers = [(k, v) for k, v in summary.items() if isinstance(v, int | float) and not isinstance(v, bool)]
-    return "; ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in numbers[:5])
 
 
 def _sentence(row: Row, result: DefenseResult) -> str:

@@ -13,7 +13,7 @@ from bbfast.bench.stages import identity
 from bbfast.report.commands import changed_settings
 from bbfast.store import Store
 
-__all__ = ["Record", "read_records", "settings_text"]
+__all__ = ["Record", "failure", "read_records", "settings_text", "short"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +57,14 @@ def read_records(store: Store) -> tuple[dict[str, Record], dict[str, str]]:
                 parent = attacks.get(sha256_json(identity(config["attack"])))
             row["seed"] = None if row["seed"] is None else int(row["seed"])  # the index has floats only
             records[folder] = Record(folder, row, config, settings_text(config), parent)
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            damaged[folder] = f"config.json: {error}"
+        except Exception as error:  # whatever a damaged file may hold costs this result alone
+            damaged[folder] = f"config.json: {failure(error)}"
     return records, damaged
 
 
 def settings_text(config: Mapping[str, Any]) -> str:
     """What distinguishes a result from one with defaults: ``s = 1, epochs = 60``; of a defense, of its attack first."""
-    own = ", ".join(f"{key} = {_short(value)}" for key, value in changed_settings(config).items())
+    own = ", ".join(f"{key} = {short(value)}" for key, value in changed_settings(config).items())
     if "defense" not in config:
         return own
     attack = settings_text(config["attack"])
@@ -75,7 +75,13 @@ def settings_text(config: Mapping[str, Any]) -> str:
     )
 
 
-def _short(value: Any) -> str:
+def failure(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def short(value: Any) -> str:
+    """A setting in at most 40 characters."""
     if isinstance(value, float):
         return f"{value:g}"
     text = value if isinstance(value, str) else json.dumps(value)

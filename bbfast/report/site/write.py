@@ -13,12 +13,12 @@ from bbfast.attacks import AttackResult
 from bbfast.bench import Plan, kept_grids, make_plan, read_published, to_csv, to_json
 from bbfast.bench.grid import Grid
 from bbfast.defenses import DefenseResult
-from bbfast.errors import BBFastError
 from bbfast.report._templates import render, write_text
 from bbfast.report.page import METRICS, write
+from bbfast.report.site.analyses import copy_analyses
 from bbfast.report.site.board import board_lines, coverage, per_run_rows, reasons
-from bbfast.report.site.pages import attack_page, copy_analyses, defense_page, page_name, row_of
-from bbfast.report.site.records import Record, read_records
+from bbfast.report.site.pages import attack_page, defense_page, page_name, row_of
+from bbfast.report.site.records import Record, failure, read_records
 from bbfast.store import Store
 
 __all__ = ["Site", "write_site"]
@@ -33,7 +33,7 @@ class Site:
     Args:
         index: The page to open.
         runs: How many runs have a page.
-        broken: Folder of a result that cannot be shown to why.
+        broken: Folder of a result or an analysis that cannot be shown to why.
     """
 
     index: Path
@@ -54,7 +54,7 @@ def write_site(
 
     ``index.html`` has the leaderboard, heat maps, coverage and downloads, ``runs/`` a page for each run with its
     settings, curves, trigger pictures, the figures that ``bbfast analyze`` made of it, and the command that gives it
-    again. A result that cannot be read is counted and named, and left out.
+    again. A result or an analysis that cannot be read is counted and named, and left out.
 
     Args:
         store: Folder of results.
@@ -76,8 +76,8 @@ def write_site(
     plans = [make_plan(grid) for grid in _distinct([*kept, *grids])]
     with _atomic.new_folder(out, replace=True) as folder:
         with bar("report", len(records), progress) as shown:
-            failed = _write_runs(store, records, folder, shown.advance)
-        broken = {**broken, **{f"grid {name}": why for name, why in lost.items()}, **failed}
+            failed, analyses = _write_runs(store, records, folder, shown.advance)
+        broken = {**broken, **{f"grid {name}": why for name, why in lost.items()}, **failed, **analyses}
         pages = {name: record for name, record in records.items() if name not in failed}
         _write_board(store, plans, pages, broken, theirs, title, folder)
     return Site(out / "index.html", len(pages), broken)
@@ -85,9 +85,11 @@ def write_site(
 
 def _write_runs(
     store: Store, records: Mapping[str, Record], folder: Path, advance: Callable[[int], object]
-) -> dict[str, str]:
-    """A page for each run, one attack and its defenses after the other; what went wrong with those that have none."""
+) -> tuple[dict[str, str], dict[str, str]]:
+    """A page for each run, one attack and its defenses after the other; what went wrong with the runs that have none,
+    and with analyses that are not on their pages."""
     failed: dict[str, str] = {}
+    broken: dict[str, str] = {}
     children: dict[str, list[Record]] = {}
     for record in records.values():
         if record.row["stage"] == "defense":
@@ -106,21 +108,23 @@ def _write_runs(
             for child in mine:
                 try:
                     result = DefenseResult.load(store.root / child.folder)
-                    found = copy_analyses(store.root, child.folder, folder)
+                    found, lost = copy_analyses(store.root, child.folder, folder)
+                    broken |= lost
                     page = defense_page(child, record, attack, result, found, store.root.name)
                     write(page, folder / "runs" / page_name(child.folder))
                     rows.append(row_of(child, result))
-                except (BBFastError, OSError, KeyError, TypeError, ValueError) as error:
-                    failed[child.folder] = _line(error)
+                except Exception as error:  # whatever it holds, the other pages are written
+                    failed[child.folder] = failure(error)
                 advance(1)
-            found = copy_analyses(store.root, record.folder, folder)
+            found, lost = copy_analyses(store.root, record.folder, folder)
+            broken |= lost
             page = attack_page(record, attack, rows, found, store.root.name)
             write(page, folder / "runs" / page_name(record.folder))
-        except (BBFastError, OSError, KeyError, TypeError, ValueError) as error:
-            failed |= {record.folder: _line(error)}
-            failed |= {child.folder: f"its attack cannot be shown: {_line(error)}" for child in mine}
+        except Exception as error:
+            failed |= {record.folder: failure(error)}
+            failed |= {child.folder: f"its attack cannot be shown: {failure(error)}" for child in mine}
         advance(1)
-    return failed
+    return failed, broken
 
 
 def _write_board(
@@ -190,7 +194,3 @@ def _check_place(out: Path) -> None:
     index = out / "index.html"
     if not index.is_file() or _MARK not in index.read_text(encoding="utf-8", errors="replace")[:2000]:
         raise ValueError(f"out must be a new or empty folder, or hold a report; {out} holds something else")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
