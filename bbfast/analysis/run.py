@@ -11,12 +11,11 @@ import torch
 
 from bbfast._record import versions
 from bbfast.analysis.base import Tool, create
-from bbfast.analysis.numbers import Numbers
+from bbfast.analysis.files import write_set
+from bbfast.analysis.numbers import ARRAYS, Numbers
 from bbfast.analysis.subject import Subject
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from bbfast.attacks import AttackResult
     from bbfast.defenses import DefenseResult
 
@@ -61,7 +60,7 @@ def run(
         name: Name or alias of a tool, or a tool with its settings.
         attack_result: Result of an attack, or its folder.
         defense_result: Result of a defense of it, or its folder: its model is looked at instead.
-        out: Folder of the figure and the numbers; made if missing, files in it are replaced.
+        out: Folder of the figure and the numbers; made if missing, an analysis in it is replaced as a whole.
         device: Where to compute.
         figures: Draw the figure.
         **options: Settings of the tool, if it is given by name.
@@ -99,13 +98,5 @@ def run(
         "device": str(where),
         "versions": versions(),
     }
-    data = numbers.save(folder)
-    return AnalysisResult(tool.name, _drawn(tool, numbers, folder) if figures else None, data, numbers.summary, numbers)
-
-
-def _drawn(tool: Tool, numbers: Numbers, folder: Path) -> Path:
-    made: Figure = tool.draw(numbers)
-    # Without a date, so that the same numbers give the same file; the layout settles when it is first drawn.
-    made.savefig(folder / "figure.png", metadata={"Software": None})
-    made.savefig(folder / "figure.pdf", metadata={"CreationDate": None})
-    return folder / "figure.png"
+    figure = write_set(numbers, folder, tool.draw if figures else None)
+    return AnalysisResult(tool.name, figure, folder / ARRAYS, numbers.summary, numbers)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bbfast.cli._frame import command, emit_json, screen, usage
 from bbfast.cli._options import Device, Json, Settings, parse_settings
 
+if TYPE_CHECKING:
+    from bbfast.analysis import Tool
+
 __all__ = ["register"]
 
 _EXAMPLES = """
 bbfast analyze confusion_matrix --attack runs/attack-badnets-0123456789ab
 bbfast analyze confusion_matrix --attack runs/attack-badnets-0123456789ab --defense runs/defense-ft-0123456789ab
+bbfast analyze grad_cam --attack runs/attack-badnets-0123456789ab --set layer=stage2
 """
 
 
@@ -27,7 +31,7 @@ def register(app: typer.Typer) -> None:
         settings: Settings = [],  # noqa: B006 - typer makes a new list for every call
         device: Device = "auto",
         out: Annotated[
-            Path | None, typer.Option(help="Folder of figure and numbers; beside the result if left out.")
+            Path | None, typer.Option(help="Folder of figure and numbers; analysis/RUN/NAME in the store if left out.")
         ] = None,
         figures: Annotated[bool, typer.Option("--figures/--no-figures", help="Draw the figure.")] = True,
         json: Json = False,
@@ -44,8 +48,7 @@ def register(app: typer.Typer) -> None:
         defended = None if defense is None else locate(defense)
         result = DefenseResult.load(defended) if defended is not None else None
         looked_at = defended or folder
-        # Not inside the result: that folder is an artefact whose files are accounted for.
-        place = looked_at.parent / "analysis" / looked_at.name / tool.name if out is None else out.expanduser()
+        place = _beside(looked_at, tool) if out is None else out.expanduser()
         found = analysis.run(tool, AttackResult.load(folder), result, place, device=device, figures=figures)
         if json:
             said: dict[str, Any] = {
@@ -63,3 +66,13 @@ def register(app: typer.Typer) -> None:
         for path in (found.figure, found.data):
             if path is not None:
                 console.print(str(path), markup=False, soft_wrap=True)
+
+
+def _beside(result: Path, tool: Tool) -> Path:
+    """Where a tool's files lie if nothing is said: not inside the result, an artefact whose files are accounted for;
+    settings that are not the defaults have a place of their own."""
+    from bbfast._hashing import sha256_json
+
+    changed = tool.config.model_dump(mode="json", exclude_defaults=True)
+    name = f"{tool.name}-{sha256_json(changed)[:8]}" if changed else tool.name
+    return result.parent / "analysis" / result.name / name

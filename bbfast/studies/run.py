@@ -9,19 +9,17 @@ import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from bbfast._version import __version__
-from bbfast.analysis.numbers import Numbers
+from bbfast.analysis.files import write_set
+from bbfast.analysis.numbers import ARRAYS, Numbers
 from bbfast.bench import Plan, make_plan, make_pool, run_plan
 from bbfast.store import Store
 from bbfast.studies.base import Study, create
 from bbfast.studies.results import Results
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["StudyResult", "command", "plans_of", "run"]
 
@@ -86,7 +84,7 @@ def run(
 
     Args:
         name: Name of a study, or a study with its settings.
-        out: Folder of the figure, the numbers and ``reading.md``; made if missing, files in it are replaced.
+        out: Folder of the figure, the numbers and ``reading.md``; made if missing, a study in it is replaced whole.
         store: Where results of attacks and defenses lie, or go.
         device: Where to compute.
         workers: Stages at once; None is what there is.
@@ -134,11 +132,9 @@ def run(
         "device": str(where),
         "versions": {"bbfast": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
     }
-    data = numbers.save(folder)
     reading = _reading(study, numbers)
-    (folder / READING).write_text(reading, encoding="utf-8")
-    figure = _drawn(study, numbers, folder) if figures else None
-    return StudyResult(study.name, figure, data, numbers.summary, numbers, reading, cells)
+    figure = write_set(numbers, folder, study.draw if figures else None, {READING: reading})
+    return StudyResult(study.name, figure, folder / ARRAYS, numbers.summary, numbers, reading, cells)
 
 
 def _joined(name: str, plans: Sequence[Plan]) -> Plan:
@@ -185,11 +181,3 @@ def _words(summary: Mapping[str, Any]) -> list[str]:
 def _plain(text: str) -> str:
     """One line without mark-up of its own."""
     return " ".join(text.split()).replace("<", "&lt;").replace("`", "'")
-
-
-def _drawn(study: Study, numbers: Numbers, folder: Path) -> Path:
-    made: Figure = study.draw(numbers)
-    # Without a date, so that the same numbers give the same file.
-    made.savefig(folder / "figure.png", metadata={"Software": None})
-    made.savefig(folder / "figure.pdf", metadata={"CreationDate": None})
-    return folder / "figure.png"

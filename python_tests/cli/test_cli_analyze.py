@@ -1,0 +1,135 @@
+"""``bbfast analyze`` on a stored attack and a stored defense: places, files, exit statuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+from typer.testing import CliRunner, Result
+
+from bbfast.analysis import Numbers
+from bbfast.analysis.tools.network_structure import NetworkStructure
+from bbfast.cli.app import app
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], prog_name="bbfast")
+
+
+def _json(*arguments: object) -> dict[str, Any]:
+    result = _run(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+NUMBERS, FIGURES = {"meta.json", "numbers.npz", "table.csv"}, {"figure.png", "figure.pdf"}
+TOOL = "network_structure"
+"""Looks at weights alone."""
+
+
+@pytest.fixture(scope="module")
+def attack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not trained: what the tools say of it does not matter here."""
+    store = tmp_path_factory.mktemp("runs")
+    quick = ("--dataset", "digits", "--model", "small_cnn", "--preset", "quick", "--epochs", 0)
+    return Path(_json("attack", "badnets", *quick, "--out", store)["folder"])
+
+
+@pytest.fixture(scope="module")
+def defense(attack: Path) -> Path:
+    return Path(_json("defend", "clp", "--attack", attack)["folder"])
+
+
+def test_default_place_json_and_what_is_printed(attack: Path) -> None:
+    found = _json("analyze", TOOL, "--attack", attack)
+    place = attack.parent / "analysis" / attack.name / TOOL
+    assert found["tool"] == TOOL and found["seconds"] > 0 and found["summary"]["parameters"] > 1000
+    assert (found["figure"], found["data"]) == (str(place / "figure.png"), str(place / "numbers.npz"))
+    assert _names(place) == NUMBERS | FIGURES
+    shown = _run("analyze", TOOL, "--attack", attack, "--no-figures")
+    assert f"parameters: {found['summary']['parameters']}" in shown.stdout
+    assert shown.stdout.splitlines()[-1] == str(place / "numbers.npz")
+
+
+def test_numbers_and_figure_are_replaced_as_a_set(attack: Path, tmp_path: Path) -> None:
+    """An old figure beside new numbers would be shown with them; files of others stay."""
+    (tmp_path / "notes.txt").write_text("mine")
+    assert _json("analyze", TOOL, "--attack", attack, "--out", tmp_path)["figure"] is not None
+    assert _names(tmp_path) == NUMBERS | FIGURES | {"notes.txt"}
+    assert _json("analyze", TOOL, "--attack", attack, "--out", tmp_path, "--no-figures")["figure"] is None
+    assert _names(tmp_path) == NUMBERS | {"notes.txt"}
+
+
+def test_a_drawing_that_fails_leaves_the_new_numbers_and_no_figure(
+    attack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Torn(Figure):
+        def savefig(self, path: Any, **more: Any) -> None:
+            Path(path).write_bytes(b"half")
+            if Path(path).suffix == ".pdf":
+                raise OSError("no more paper")
+
+    for name in NUMBERS | FIGURES:
+        (tmp_path / name).write_text("old")
+    monkeypatch.setattr(NetworkStructure, "draw", staticmethod(lambda numbers: Torn()))
+    result = _run("analyze", TOOL, "--attack", attack, "--out", tmp_path)
+    assert result.exit_code == 1 and result.stderr == "error: no more paper\n"
+    assert _names(tmp_path) == NUMBERS and Numbers.load(tmp_path).meta["tool"] == TOOL
+
+
+def test_other_settings_have_a_place_of_their_own(attack: Path) -> None:
+    places = [
+        Path(_json("analyze", "metrics", "--attack", attack, "--no-figures", *flags)["data"]).parent
+        for flags in ((), ("--set", "seed=0"), ("--set", "seed=1"), ("--set", "seed=2"), ("--set", "seed=1"))
+    ]
+    plain, same, one, two, again = places
+    assert plain == same == attack.parent / "analysis" / attack.name / "metrics", "defaults, written out or not"
+    assert one == again and len({plain, one, two}) == 3 and one.name.startswith("metrics-")
+    assert [Numbers.load(place).meta["options"]["seed"] for place in (plain, one, two)] == [0, 1, 2]
+
+
+def test_a_defenses_model_beside_the_defense(attack: Path, defense: Path) -> None:
+    found = _json("analyze", TOOL, "--attack", attack, "--defense", defense, "--no-figures")
+    assert Path(found["data"]).parent == defense.parent / "analysis" / defense.name / TOOL
+    assert Numbers.load(Path(found["data"]).parent).meta["caption"].split(", ")[-2] == "clp"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("confusion_matrx",), 2, "unknown analysis tool 'confusion_matrx'; did you mean 'confusion_matrix'"),
+        (("metrics", "--set", "sede=1"), 2, "unknown setting 'sede'; did you mean seed"),
+        (("metrics", "--set", "seed=-1"), 2, "seed: "),
+        (("metrics", "--device", "toaster"), 2, "toaster"),
+        (("grad_cam", "--set", "layer=layer9"), 1, "unknown layer 'layer9'; did you mean 'layer4'"),
+    ],
+)
+def test_wrong_usage_is_refused_before_work(
+    arguments: tuple[str, ...], status: int, message: str, attack: Path, tmp_path: Path
+) -> None:
+    result = _run("analyze", *arguments, "--attack", attack, "--out", tmp_path / "out")
+    assert result.exit_code == status and message in result.stderr and result.stdout == "", result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_that_are_not_there(attack: Path, tmp_path: Path) -> None:
+    for flags in (("--attack", tmp_path / "none"), ("--attack", attack, "--defense", tmp_path / "none")):
+        result = _run("analyze", TOOL, *flags)
+        assert result.exit_code == 1 and f"{tmp_path / 'none'}" in result.stderr
+    assert _run("analyze", TOOL).exit_code == 2
+
+
+def test_a_missing_extra_says_what_to_install(attack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "umap", None)
+    result = _run("analyze", "umap", "--attack", attack, "--out", tmp_path / "out")
+    assert result.exit_code == 1 and "pip install 'bbfast[analysis]'" in result.stderr
+    assert not (tmp_path / "out").exists()
