@@ -85,5 +85,6 @@ def register(app: typer.Typer) -> None:
         lost = {status: found.cells[status] for status in ("failed", "blocked", "missing") if found.cells.get(status)}
         if lost:
             shown = ", ".join(f"{count} {status}" for status, count in lost.items())
-            note(f"{shown} of {sum(found.cells.values())} cells; {reading} says why; --retry-failed tries again")
+            again = "--retry-failed tries again" if plans else "the same command tries again"
+            note(f"{shown} of {sum(found.cells.values())} cells; {reading} says why; {again}")
             raise typer.Exit(1)

@@ -81,6 +81,7 @@ class Results:
             for cell in plan.cells
         }
         self.rows = self._read() if rows is None else with_attack(rows)
+        self._own: list[Mapping[str, Any]] = []
 
     @property
     def work(self) -> Path:
@@ -115,13 +116,22 @@ class Results:
         plan, key = self._task(row)
         return None if plan.tasks[key].parent is None else DefenseResult.load(self._folder(key))
 
+    def count(self, cells: Sequence[Mapping[str, Any]]) -> None:
+        """Count cells of no grid, that the study ran itself; each has ``status`` and ``reason``.
+
+        Raises:
+            DataRequirementError: as :meth:`require`.
+        """
+        self._own.extend(cells)
+        self.require()
+
     def counts(self) -> dict[str, int]:
         """Status to number of cells."""
-        return dict(Counter(row["status"] for row in self.rows))
+        return dict(Counter(row["status"] for row in self._cells))
 
     def reasons(self) -> dict[str, int]:
         """Why cells have no figures, to how many."""
-        return dict(Counter(f"{row['status']}: {row['reason']}" for row in self.rows if row["status"] != "done"))
+        return dict(Counter(f"{row['status']}: {row['reason']}" for row in self._cells if row["status"] != "done"))
 
     def require(self) -> None:
         """Refuse to measure nothing.
@@ -129,12 +139,16 @@ class Results:
         Raises:
             DataRequirementError: if there are cells, and none is done; with the first reason.
         """
-        if self.rows and "done" not in self.counts():
+        if self._cells and "done" not in self.counts():
             counts = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in self.counts().items())
-            first = next((row["reason"] for row in self.rows if row["reason"]), "no reason is known")
+            first = next((row["reason"] for row in self._cells if row["reason"]), "no reason is known")
             raise DataRequirementError(
-                f"study {self._name!r} has nothing to measure: of {len(self.rows)} cells {counts}; the first: {first}"
+                f"study {self._name!r} has nothing to measure: of {len(self._cells)} cells {counts}; the first: {first}"
             )
+
+    @property
+    def _cells(self) -> list[Mapping[str, Any]]:
+        return [*self.rows, *self._own]
 
     def _read(self) -> list[Row]:
         rows: list[Row] = []

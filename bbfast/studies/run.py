@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import platform
 import shlex
 import time
@@ -22,6 +23,8 @@ from bbfast.studies.base import Study, create
 from bbfast.studies.results import Results
 
 __all__ = ["StudyResult", "command", "plans_of", "run"]
+
+_log = logging.getLogger(__name__)
 
 READING = "reading.md"
 
@@ -87,7 +90,8 @@ def run(
         out: Folder of the figure, the numbers and ``reading.md``; made if missing, a study in it is replaced whole.
         store: Where results of attacks and defenses lie, or go.
         device: Where to compute.
-        workers: Stages at once; None is what there is.
+        workers: Stages at once; None is what there is. Of a study that trains by itself (it has no grids) this, the
+            executor and the retries have no effect, and a warning says so.
         executor: ``local``, ``ray`` or ``slurm``, see :func:`bbfast.bench.make_pool`.
         gpus: GPUs of each worker of Ray or Slurm.
         figures: Draw the figure.
@@ -113,6 +117,8 @@ def run(
         whole = _joined(study.name, plans)
         pool = make_pool(executor, place.root, whole, workers, gpus)
         run_plan(whole, place, pool, retry_failed=retry_failed, progress=progress, say=say)
+    else:
+        _say_what_has_no_effect(study.name, workers, executor, gpus, retry_failed)
     results = Results(plans, place, where, study.name)
     results.require()
     with torch.random.fork_rng(devices=[where.index or 0] if where.type == "cuda" else []):
@@ -135,6 +141,20 @@ def run(
     reading = _reading(study, numbers)
     figure = write_set(numbers, folder, study.draw if figures else None, {READING: reading})
     return StudyResult(study.name, figure, folder / ARRAYS, numbers.summary, numbers, reading, cells)
+
+
+def _say_what_has_no_effect(name: str, workers: int | None, executor: str, gpus: float, retry_failed: bool) -> None:
+    """Of a study without grids: nothing of it goes through the benchmark."""
+    given = {
+        "workers": workers not in (None, 1),
+        "executor": executor != "local",
+        "gpus": bool(gpus),
+        "retry_failed (what failed is tried again anyway)": retry_failed,
+    }
+    if unused := [key for key, value in given.items() if value]:
+        _log.warning(
+            "study %s trains one cell after the other in this process; without effect: %s", name, ", ".join(unused)
+        )
 
 
 def _joined(name: str, plans: Sequence[Plan]) -> Plan:

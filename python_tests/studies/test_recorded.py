@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import nn
+from typer.testing import CliRunner
 
 from bbfast import Recipe, attack, attacks, datasets, studies
 from bbfast.analysis import Numbers
+from bbfast.cli.app import app
 from bbfast.data import ImageSet
 from bbfast.errors import ConfigError, DataRequirementError
 from bbfast.store import Store
@@ -269,8 +272,59 @@ def test_forgetting(without_training: Callable[[studies.Study], Numbers], tmp_pa
     assert len(figure.axes) == 9
 
 
+@pytest.mark.parametrize("module", [quick_learning, forgetting], ids=["quick_learning", "forgetting"])
+def test_cells_without_figures_are_counted_listed_and_end_the_command(
+    module: Any, without_training: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake, out = module.record, tmp_path / "out"
+
+    def record(grid: Any, *_: Any) -> tuple[Recorded, ...]:
+        first, second, third, fourth = fake(grid)
+        return first, second, Recorded(third.cell, "not_applicable", "no poison"), fourth
+
+    monkeypatch.setattr(module, "record", record)
+    out.mkdir()
+    (out / "figure.png").write_bytes(b"of another day")
+    name = module.__name__.rpartition(".")[2]
+    sets = ["attacks=[badnets,blended]", "ratios=[0.1,0.2]", *(["finetune=false"] if name == "forgetting" else [])]
+    flags = [part for text in sets for part in ("--set", text)]
+    more = ["--store", tmp_path, "--out", out, "--device", "cpu", "--workers", 4, "--retry-failed", "--no-figures"]
+    result = CliRunner().invoke(app, [str(part) for part in ("study", name, *flags, *more, "--json")])
+    assert result.exit_code == 1 and "1 failed of 4 cells" in result.stderr, result.stderr
+    assert "--retry-failed tries" not in result.stderr
+    assert "without effect: workers, retry_failed (" in result.stderr and "executor" not in result.stderr
+    assert json.loads(result.stdout)["cells"] == {"done": 2, "failed": 1, "not_applicable": 1}
+    meta, reading = Numbers.load(out).meta, (out / "reading.md").read_text()
+    assert meta["caption"].endswith("; of 4 cells 1 failed, 1 not applicable")
+    assert "## Cells without figures\n\n- 1 failed: no luck\n- 1 not_applicable: no poison\n" in reading
+    assert not (out / "figure.png").exists(), "numbers and figure are replaced as a set"
+
+
+def test_a_fine_tuning_that_fails_costs_its_cell(
+    without_training: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curve = np.tile([0.25, 0.125, 0.0], (3, 1))
+
+    def finetuned(cell: Recorded, *_: Any) -> Any:
+        if cell.cell.ratio == 0.1:
+            raise OSError("no room")
+        return curve
+
+    monkeypatch.setattr(forgetting, "finetuned", finetuned)
+    numbers = without_training(studies.create("forgetting", attacks=["blended", "badnets"], ratios=[0.2, 0.1, 0.05]))
+    failed = {(row["attack"], row["ratio"]): row["reason"] for row in numbers.table if row["status"] == "failed"}
+    assert failed["blended", 0.1] in ("OSError: no room", "no luck") and failed["badnets", 0.1] == "OSError: no room"
+    at = [row["reason"] for row in numbers.table].index("OSError: no room")
+    assert f"events_{at}" not in numbers.arrays and numbers.meta["status"][at] == "failed"
+    assert {row["finetuned_relabelled"] for row in numbers.table if row["status"] == "done"} == {0.25}
+    with pytest.raises(DataRequirementError, match=r"nothing to measure: of 1 cells 1 failed; .*no room"):
+        without_training(studies.create("forgetting", attacks=["badnets"], ratios=[0.1]))
+
+
 @pytest.mark.parametrize("name", ["quick_learning", "forgetting"])
 def test_bad_settings(name: str) -> None:
+    with pytest.raises(ConfigError, match="seconds: this study trains in its own process"):
+        studies.create(name, seconds=60).grids()
     with pytest.raises(ConfigError, match="ratios"):
         studies.create(name, ratios=[0.0]).grids()
     with pytest.raises(ConfigError, match="attacks"):

@@ -13,15 +13,16 @@ from torch import Tensor
 from bbfast import artifact
 from bbfast.bench import Cell, Grid, make_plan
 from bbfast.bench.stages import attack_place, recipe_for
-from bbfast.errors import BBFastError, DataRequirementError
+from bbfast.errors import ConfigError, DataRequirementError
 from bbfast.store import Content, Store
 from bbfast.training import StartInfo
 
 if TYPE_CHECKING:
     from bbfast.attacks import AttackResult
     from bbfast.data import DataPair
+    from bbfast.studies.base import StudyConfig
 
-__all__ = ["Keeps", "Recorded", "Truth", "record"]
+__all__ = ["Keeps", "Recorded", "Truth", "record", "refuse_limits"]
 
 STAGE = "recording"
 
@@ -80,6 +81,11 @@ class Recorded:
         """What the cell is called in a figure."""
         return f"{self.cell.attack}, {100 * self.cell.ratio:.3g} %"
 
+    def but_failed(self, error: Exception) -> Recorded:
+        """The same cell without figures, as something went wrong."""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return Recorded(self.cell, "failed", reason, metrics=self.metrics, folder=self.folder)
+
     def attack(self) -> AttackResult:
         """The result of the recorded training."""
         from bbfast.attacks import AttackResult
@@ -90,6 +96,17 @@ class Recorded:
         """Its place, status and figures, for a table."""
         place = {key: getattr(self.cell, key) for key in ("dataset", "model", "attack", "ratio", "seed")}
         return {**place, "status": self.status, **{key: self.metrics.get(key) for key in ("c_acc", "asr", "r_acc")}}
+
+
+def refuse_limits(config: StudyConfig) -> None:
+    """Of a study that trains in its own process, where nothing ends a stage.
+
+    Raises:
+        ConfigError: if a limit is set.
+    """
+    for key in ("seconds", "memory_gib"):
+        if getattr(config, key) is not None:
+            raise ConfigError(f"{key}: this study trains in its own process, where no limit is kept; leave it out")
 
 
 def record(
@@ -127,8 +144,8 @@ def record(
             found.append(_recorded(cell, spec, pairs[cell.dataset], store, device, watch()))
         except DataRequirementError as error:
             found.append(Recorded(cell, "not_applicable", str(error)))
-        except (BBFastError, ValueError, RuntimeError) as error:
-            found.append(Recorded(cell, "failed", " ".join(f"{type(error).__name__}: {error}".split())))
+        except Exception as error:
+            found.append(Recorded(cell, "failed").but_failed(error))
     if not any(one.status == "done" for one in found):
         raise DataRequirementError(f"none of {len(found)} attacks could be recorded; the first: {found[0].reason}")
     return tuple(found)

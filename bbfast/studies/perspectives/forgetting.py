@@ -14,7 +14,7 @@ from bbfast.analysis.numbers import Numbers
 from bbfast.studies.base import DataConfig, Listed, Share, Study, StudyCard, register_study
 from bbfast.studies.cells import described
 from bbfast.studies.perspectives._forgetting_figure import drawn
-from bbfast.studies.perspectives._recorded import Recorded, record
+from bbfast.studies.perspectives._recorded import Recorded, record, refuse_limits
 from bbfast.studies.perspectives._relabelled import SIDES, finetuned
 from bbfast.studies.results import Results
 from bbfast.studies.statistics import nanmean
@@ -105,6 +105,7 @@ class Forgetting(Study):
     def grids(self) -> Sequence[Grid]:
         from bbfast import defenses
 
+        refuse_limits(self.config)
         self._grid()
         defenses.create("ft", **self.config.finetune_settings)
         return ()
@@ -115,18 +116,23 @@ class Forgetting(Study):
 
     def measure(self, results: Results) -> Numbers:
         config, grid = self.config, self._grid()
-        cells = record(grid, results.store, results.device, lambda: {"samples": SampleRecorder(config.mode)})
+        cells = list(record(grid, results.store, results.device, lambda: {"samples": SampleRecorder(config.mode)}))
         arrays: dict[str, NDArray[Any]] = {}
         table = []
-        for i, cell in enumerate(cells):
-            found, row = _measured(cell) if cell.status == "done" else ({}, {})
-            if found and config.finetune:
-                found["finetuned"] = curve = finetuned(cell, results, config)
-                row |= {f"finetuned_{side}": float(curve[-1, j]) for j, side in enumerate(SIDES)}
-                half = np.flatnonzero(curve[:, 0] > 0.5)
-                row["half_relabelled_at"] = float(half[0]) if len(half) else float("nan")
+        for i, cell in enumerate(tuple(cells)):
+            found: dict[str, NDArray[Any]] = {}
+            row: dict[str, float] = {}
+            if cell.status == "done":
+                try:
+                    found, row = _measured(cell)
+                    if config.finetune:
+                        found["finetuned"] = curve = finetuned(cell, results, config)
+                        row |= _after(curve)
+                except Exception as error:  # its fine-tuning is a stage like its training
+                    found, row, cells[i] = {}, {}, (cell := cell.but_failed(error))
             arrays |= {f"{name}_{i}": values for name, values in found.items()}
             table.append({**cell.row(), **dict.fromkeys(_NUMBERS, float("nan")), **row, "reason": cell.reason})
+        results.count(table)
         done = [row for row in table if row["status"] == "done"]
         summary: dict[str, Any] = {"cells": len(table)}
         summary |= {f"mean_{name}": float(nanmean([row[name] for row in done])) for name in _NUMBERS[:7]}
@@ -189,6 +195,15 @@ def _measured(cell: Recorded) -> tuple[dict[str, NDArray[Any]], dict[str, float]
         "mean": mean,
         "auroc": auroc,
     }, row
+
+
+def _after(curve: NDArray[np.float64]) -> dict[str, float]:
+    """The row's figures of fine-tuning."""
+    half = np.flatnonzero(curve[:, 0] > 0.5)
+    return {
+        **{f"finetuned_{side}": float(curve[-1, j]) for j, side in enumerate(SIDES)},
+        "half_relabelled_at": float(half[0]) if len(half) else float("nan"),
+    }
 
 
 def _auroc(events: NDArray[Any], learned: NDArray[np.bool_], poisoned: NDArray[np.bool_]) -> float:

@@ -14,7 +14,7 @@ from bbfast.studies.base import DataConfig, Listed, Share, Study, StudyCard, reg
 from bbfast.studies.cells import described
 from bbfast.studies.perspectives._learning_figure import drawn
 from bbfast.studies.perspectives._probe import COLUMNS, GradientProbe
-from bbfast.studies.perspectives._recorded import Recorded, record
+from bbfast.studies.perspectives._recorded import Recorded, record, refuse_limits
 from bbfast.studies.results import Results
 from bbfast.studies.statistics import nanmean
 from bbfast.training import SampleRecorder
@@ -138,6 +138,7 @@ class QuickLearning(Study):
     Config = QuickLearningConfig
 
     def grids(self) -> Sequence[Grid]:
+        refuse_limits(self.config)
         self._grid()
         return ()
 
@@ -159,6 +160,7 @@ class QuickLearning(Study):
             found, row = _measured(cell, config.every) if cell.status == "done" else ({}, {})
             arrays |= {f"{name}_{i}": values for name, values in found.items()}
             table.append({**cell.row(), **dict.fromkeys(_NUMBERS, float("nan")), **row, "reason": cell.reason})
+        results.count(table)
         done = [row for row in table if row["status"] == "done"]
         summary: dict[str, Any] = {
             "cells": len(table),
