@@ -50,9 +50,11 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def tab(browser: Any, site: Path) -> Iterator[Any]:
-    """The index, opened; at the end nothing may have been said on the console or asked from a network."""
-    context = browser.new_context(viewport={"width": 1440, "height": 900})
+def tab(browser: Any, site: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The index, opened in a window of the width and colour scheme of the parameter; at the end nothing may have been
+    said on the console or asked from a network."""
+    width, scheme = getattr(request, "param", (1440, "light"))
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page, complaints = context.new_page(), []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -143,18 +145,56 @@ def test_heat_maps(tab: Any) -> None:
     assert tab.inner_text("h1") == "BadNets on digits"
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1440, "dark"), (390, "light")])
-def test_fits_the_window_in_both_schemes(browser: Any, site: Path, width: int, scheme: str) -> None:
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    page = context.new_page()
-    for path in (
-        site,
-        *sorted((site.parent / "runs").glob("*-ss-*"))[:1],
-        *sorted((site.parent / "runs").glob("attack*"))[:1],
-    ):
-        page.goto(path.as_uri())
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, path.name
-        ink, paper = page.evaluate("(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))")
+def _tab_to(page: Any, what: str) -> None:
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("what => document.activeElement.matches(what)", what):
+            return
+    raise AssertionError(f"the tabulator does not lead to {what}")
+
+
+def test_filters_and_sorts_without_a_mouse(tab: Any) -> None:
+    _tab_to(tab, "#filter-defense")
+    tab.keyboard.press("ArrowDown")
+    chosen = tab.input_value("#filter-defense")
+    assert chosen and set(_column(tab, "defense")) == {chosen}
+    tab.keyboard.press("ArrowUp")
+    assert tab.input_value("#filter-defense") == "" and len(_column(tab, "defense")) == 3
+    _tab_to(tab, "#find")
+    tab.keyboard.type("badnets")
+    address = tab.url
+    tab.keyboard.press("Enter")
+    assert tab.url == address and tab.input_value("#find") == "badnets", "nothing is sent"
+    assert tab.evaluate("document.activeElement.id") == "find" and len(_column(tab, "defense")) == 3
+    head = "#board th[data-key=c_acc]"
+    _tab_to(tab, f"{head} button")
+    for key, order in (("Enter", "descending"), ("Space", "ascending")):
+        tab.keyboard.press(key)
+        assert tab.get_attribute(head, "aria-sort") == order
+        figures = [float(text.split()[0]) for text in _column(tab, "c_acc") if text != "\N{EN DASH}"]
+        assert figures == sorted(figures, reverse=order == "descending") and len(figures) == 2
+    _tab_to(tab, "#board tbody a")
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector("nav.path")
+    assert "/runs/" in tab.url
+
+
+@pytest.mark.parametrize("tab", [(1440, "dark"), (390, "light")], indirect=True, ids=lambda value: f"{value[0]}")
+def test_fits_the_window_in_both_schemes(tab: Any, site: Path) -> None:
+    width, scheme = tab.viewport_size["width"], "dark" if tab.viewport_size["width"] == 1440 else "light"
+    runs = site.parent / "runs"
+    for path in (site, *sorted(runs.glob("*-ss-*"))[:1], *sorted(runs.glob("attack*"))[:1]):
+        tab.goto(path.as_uri())
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width, path.name
+        ink, paper = tab.evaluate("(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))")
         light = [sum(map(int, value[4:-1].split(","))) for value in (ink, paper)]
         assert (light[0] > light[1]) == (scheme == "dark")
-    context.close()
+
+
+@pytest.mark.parametrize("tab", [(390, "light")], indirect=True, ids=["390"])
+def test_sorts_filters_and_follows_on_a_telephone(tab: Any) -> None:
+    tab.select_option("#filter-defense", "clp")
+    tab.click("#board th[data-key=asr] button")
+    assert _column(tab, "defense") == ["clp"]
+    tab.click("#board tbody td a")
+    assert "against BadNets" in tab.inner_text("h1")
