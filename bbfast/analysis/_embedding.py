@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bbfast.analysis.base import ToolConfig
 from bbfast.analysis.numbers import Numbers
-from bbfast.analysis.style import class_colours, figure
+from bbfast.analysis.style import class_colours, figure, legend, short_name
 from bbfast.analysis.subject import Subject, View
 from bbfast.errors import BBFastError
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["EmbeddingConfig", "draw_embedding", "embedding_numbers", "features", "principal", "sample", "statistics"]
 
 _WIDEST, _NEIGHBOURS, _MOST = 16_384, 20, 5000
-_NAMED = 14
-"""Classes up to which each has its name in the legend."""
+_NAMED, _LETTERS = 14, 24
+"""Classes up to which each has its name in the legend, and letters of it."""
 
 
 class EmbeddingConfig(ToolConfig):
@@ -155,21 +155,21 @@ def draw_embedding(numbers: Numbers, title: str) -> Figure:
     with figure(6.6, 5.4, f"{note}{len(xy)} samples, {int(bad.sum())} with trigger") as made:
         axis = made.subplots()
         drawn = sorted(present.tolist(), key=lambda c: (-(labels == c).sum(), c))
+        handles: dict[int, Any] = {}
         for label in drawn:
-            own, name = (labels == label) & ~bad, _name(numbers, label, names)
-            axis.scatter(xy[own, 0], xy[own, 1], s=size, alpha=0.7, lw=0, color=colours[label], label=name)
-        axis.scatter(xy[bad, 0], xy[bad, 1], s=size, alpha=0.8, marker="x", lw=0.8, color="k", label="with trigger")
+            own = (labels == label) & ~bad
+            handles[label] = axis.scatter(xy[own, 0], xy[own, 1], s=size, alpha=0.7, lw=0, color=colours[label])
+        crosses = axis.scatter(xy[bad, 0], xy[bad, 1], s=size, alpha=0.8, marker="x", lw=0.8, color="k")
         said = numbers.summary["purity"]
         known = f", 20-NN purity of the triggered {said:.2f}" if said is not None and np.isfinite(said) else ""
         axis.set(xticks=[], yticks=[], aspect="equal", title=f"{title}{known}")
         axis.set_xlabel(f"{title} 1")
         axis.set_ylabel(f"{title} 2")
-        handles, words = axis.get_legend_handles_labels()
         # Triggered samples last; of very many classes the target alone has a name.
-        named = drawn if len(drawn) <= _NAMED else [c for c in drawn if c == numbers.meta["target"]]
-        order = [*sorted(map(drawn.index, named), key=drawn.__getitem__), len(drawn)]
-        legend = made.legend([handles[i] for i in order], [words[i] for i in order], loc="outside right center")
-        for handle in legend.legend_handles:
+        named = sorted(c for c in drawn if len(drawn) <= _NAMED or c == numbers.meta["target"])
+        words = [*(_name(numbers, c, names) for c in named), "with trigger"]
+        made_legend = legend(made, [*(handles[c] for c in named), crosses], words, loc="outside right center")
+        for handle in made_legend.legend_handles:
             if handle is not None:
                 handle.set(sizes=[24], alpha=1)
         for part in axis.collections:
@@ -178,7 +178,8 @@ def draw_embedding(numbers: Numbers, title: str) -> Figure:
 
 
 def _name(numbers: Numbers, label: int, names: list[str]) -> str:
-    return f"{names[label]} (target)" if label == numbers.meta["target"] else names[label]
+    name = short_name(names[label], _LETTERS)
+    return f"{name} (target)" if label == numbers.meta["target"] else name
 
 
 def _purity(points: np.ndarray, poisoned: np.ndarray) -> float:

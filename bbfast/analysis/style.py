@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["CLEAN", "OTHER", "POISONED", "TARGET", "class_colours", "figure", "short_name"]
+__all__ = ["CLEAN", "OTHER", "POISONED", "TARGET", "class_colours", "figure", "legend", "short_name"]
 
 CLEAN, POISONED, TARGET, OTHER = "#2166AC", "#D6604D", "#FDB863", "#9E9E9E"
 """Clean, triggered, the target class, everything else. Sequential maps: ``Blues``, ``Oranges``, ``viridis``; signed:
@@ -27,6 +27,7 @@ _STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "text.parse_math": False,  # a class may be called "$x"
 }
 
 
@@ -35,14 +36,24 @@ def figure(width: float, height: float, caption: str = "") -> Iterator[Figure]:
     """A figure of the house style in inches, its caption in small grey print below; not pyplot's, so it leaves no
     state."""
     import matplotlib
-    from matplotlib.figure import Figure
+
+    from bbfast.analysis._text import HouseFigure
 
     with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-        made = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+        made = HouseFigure(figsize=(width, height), dpi=DPI, layout="constrained")
+        made.house = _STYLE
         yield made
         if caption:
             lines = textwrap.fill(caption, max(30, int(width * 14)))
             made.supxlabel(lines, fontsize=9, color="#555555")
+
+
+def legend(owner: Any, handles: Sequence[Any], words: Sequence[str], **where: Any) -> Any:
+    """A legend of any words on axes or a figure: Matplotlib itself leaves out those that begin with ``_``."""
+    made = owner.legend(list(handles), ["x"] * len(words), **where)
+    for text, word in zip(made.get_texts(), words, strict=True):
+        text.set_text(word)
+    return made
 
 
 def class_colours(count: int) -> list[Any]:
@@ -69,7 +80,8 @@ def class_colours(count: int) -> list[Any]:
 
 def short_name(name: str, most: int = 12) -> str:
     """``name`` in at most ``most`` characters: its beginning and, if that is short, its last word, by which names like
-    "Speed limit 30" and "Speed limit 50" differ."""
+    "Speed limit 30" and "Speed limit 50" differ. It is one line."""
+    name = " ".join(name.splitlines())
     if len(name) <= most:
         return name
     *_, last = name.split(" ")

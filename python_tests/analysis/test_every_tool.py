@@ -16,6 +16,7 @@ from matplotlib.image import imread
 from bbfast import analysis, models
 from bbfast.analysis import Numbers
 from bbfast.analysis.base import find
+from bbfast.analysis.style import short_name
 from bbfast.attacks import AttackResult
 from bbfast.defenses import DefenseResult
 from bbfast.errors import ConfigError, DataRequirementError, MissingExtraError, UnknownNameError, UnsupportedModelError
@@ -96,6 +97,41 @@ def test_the_same_twice_and_on_a_defended_model(
         np.testing.assert_array_equal(array, second[key], err_msg=key)
     defended = go(name, tmp_path / "defended", badnets, tuned)
     assert defended.numbers.arrays.keys() >= first.keys() and "ft" in defended.numbers.meta["caption"]
+
+
+HOSTILE = ["$\\foo$", "a$b$c", "_x", "<b>", "very long " * 20, "", "%s {0}", "_nolegend_", "\\frac{", "n\nl"]
+NAMING = (
+    "activation_distribution",
+    "confusion_matrix",
+    "feature_map",
+    "frequency_saliency",
+    "grad_cam",
+    "metrics",
+    "shapley",
+    "tsne",
+)
+SAME_PICTURE = ("feature_map", "grad_cam", "shapley")
+"""They draw names as frequency_saliency does."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SAME_PICTURE else []) for name in NAMING]
+)
+def test_any_class_names(name: str, badnets: AttackResult, tmp_path: Path) -> None:
+    """Names are drawn as they stand: no formulas, none left out, and room for the rest of the figure."""
+    from matplotlib.text import Text
+
+    data = {**badnets.config["data"], "class_names": HOSTILE}
+    named = dataclasses.replace(badnets, config={**badnets.config, "data": data})
+    options = {"n_sub": 60, "perplexity": 5} if name == "tsne" else FEW.get(name, {})
+    numbers = analysis.run(name, named, None, tmp_path, device="cpu", figures=False, **options).numbers
+    figure = find(name).draw(numbers)
+    figure.savefig(tmp_path / "figure.png")
+    words = [text for text in figure.findobj(Text) if isinstance(text, Text) and text.get_text()]
+    assert not any(text.get_parse_math() for text in words)
+    said = "\n".join(text.get_text() for text in words)
+    if name in ("activation_distribution", "confusion_matrix", "metrics", "tsne"):
+        assert all(short_name(wanted, 18)[:16] in said for wanted in HOSTILE)
 
 
 def test_names_and_aliases() -> None:

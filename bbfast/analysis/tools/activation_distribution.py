@@ -13,7 +13,7 @@ from bbfast.analysis._layers import channel_layers, joined, split, strip_width
 from bbfast.analysis._topk import classes_of, in_order, top_images
 from bbfast.analysis.base import Tool, ToolCard, ToolConfig, register_tool
 from bbfast.analysis.numbers import Numbers
-from bbfast.analysis.style import OTHER, POISONED, TARGET, class_colours, figure
+from bbfast.analysis.style import OTHER, POISONED, TARGET, class_colours, figure, legend, short_name
 from bbfast.analysis.subject import Subject
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ActivationDistribution", "ActivationDistributionConfig", "histogram"]
 
-_NAMED_UP_TO = 20
+_NAMED_UP_TO, _LETTERS = 20, 24
 _FEW = 20
 _ROWS, _COLUMNS = 240, 40
 """Of one layer's picture."""
@@ -127,10 +127,8 @@ class ActivationDistribution(Tool):
             top.set_title(f"classes of each neuron's {m} strongest of {meta['n']} images{note}")
             from matplotlib.patches import Patch
 
-            made.legend(
-                handles=[Patch(color=colour, label=name) for name, colour in zip(names, colours, strict=True)][::-1],
-                loc="outside right upper",
-            )
+            patches = [Patch(color=colour) for colour in colours]
+            legend(made, patches[::-1], names[::-1], loc="outside right upper")
             shares = [part[:, -1] / m for part in parts]
             at = range(len(layers))
             below.plot(at, [s.max() for s in shares], "o-", color=POISONED, ms=3.5, label="largest")
@@ -144,8 +142,8 @@ class ActivationDistribution(Tool):
 
 def _legend(names: list[str], target: int) -> tuple[list[str], list[Any]]:
     if len(names) <= _NAMED_UP_TO:
-        return [*names, "poisoned"], [*class_colours(len(names)), "k"]
-    return ["other classes", f"target ({names[target]})", "poisoned"], [OTHER, TARGET, "k"]
+        return [*(short_name(name, _LETTERS) for name in names), "poisoned"], [*class_colours(len(names)), "k"]
+    return ["other classes", f"target ({short_name(names[target], _LETTERS)})", "poisoned"], [OTHER, TARGET, "k"]
 
 
 def _grouped(count: np.ndarray, target: int) -> np.ndarray:

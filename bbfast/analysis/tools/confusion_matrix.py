@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bbfast.analysis.base import Tool, ToolCard, ToolConfig, register_tool
 from bbfast.analysis.numbers import Numbers
-from bbfast.analysis.style import figure
+from bbfast.analysis.style import figure, short_name
 from bbfast.analysis.subject import Subject
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ConfusionMatrix", "confusion"]
 
-_TEXT_UP_TO, _WORST = 20, 20
+_TEXT_UP_TO, _WORST, _LETTERS = 20, 20, 18
 
 
 def confusion(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
@@ -87,9 +87,10 @@ class ConfusionMatrix(Tool):
                 axis.set(title=title, xlabel="predicted class", ylabel="true class")
                 axis.spines[:].set_visible(True)
                 if k <= _TEXT_UP_TO:
-                    turn = 90 if max(map(len, names)) > 2 else 0
-                    axis.set_xticks(range(k), names, rotation=turn)
-                    axis.set_yticks(range(k), names)
+                    words = [short_name(name, _LETTERS) for name in names]
+                    turn = 90 if max(map(len, words)) > 2 else 0
+                    axis.set_xticks(range(k), words, rotation=turn)
+                    axis.set_yticks(range(k), words)
                     for i, j in np.argwhere(counts > 0).tolist():
                         dark = shares[i, j] > 0.5
                         text = f"{shares[i, j]:.2f}".removeprefix("0")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bbfast import metrics
 from bbfast.analysis.base import Tool, ToolCard, ToolConfig, register_tool
 from bbfast.analysis.numbers import Numbers
-from bbfast.analysis.style import CLEAN, OTHER, POISONED, TARGET, figure
+from bbfast.analysis.style import CLEAN, OTHER, POISONED, TARGET, figure, short_name
 from bbfast.analysis.subject import Subject, View
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ __all__ = ["Metrics", "MetricsConfig", "calibration_error", "wilson"]
 
 RATES = ("c_acc", "asr", "r_acc")
 _WORDS = {"c_acc": "C-Acc", "asr": "ASR", "r_acc": "R-Acc", "der": "DER", "rir": "RIR"}
-_NAMES_UP_TO = 20
+_NAMES_UP_TO, _LETTERS = 20, 18
 
 
 class MetricsConfig(ToolConfig):
@@ -154,7 +154,8 @@ class Metrics(Tool):
             axis.bar(at + 0.2, taken, 0.4, color=POISONED, label="triggered: taken for the target")
             axis.set(xlabel="true class", ylabel="share of the class", ylim=(0, 1.02), xlim=(-0.7, len(names) - 0.3))
             if len(names) <= _NAMES_UP_TO:
-                axis.set_xticks(at, names, rotation=90 if max(map(len, names)) > 2 else 0)
+                words = [short_name(name, _LETTERS) for name in names]
+                axis.set_xticks(at, words, rotation=90 if max(map(len, words)) > 2 else 0)
             axis.set_title(f"by class, {numbers.meta['models'][-1]}", pad=26)
             axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, borderaxespad=0.2)
         return made
