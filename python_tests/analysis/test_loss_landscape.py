@@ -57,6 +57,22 @@ def test_directions_have_the_filters_lengths(badnets: AttackResult) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+def test_nobody_says_nan() -> None:
+    """The largest of NaNs is class 0: a ruined model would always hit a target of 0."""
+    x, labels = [torch.tensor([[torch.nan, 1.0], [2.0, 1.0]])], torch.zeros(2, dtype=torch.int64)
+    assert tool.loss_and_share(nn.Identity(), x, labels)[1] == 0.5
+
+
+def test_what_is_no_filter_stays() -> None:
+    """ConvNeXt's scale of a layer has three axes, but one value a row: two directions of it would be parallel."""
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Linear(1, 4))
+    net.register_parameter("layer_scale", nn.Parameter(torch.ones(5, 1, 1)))
+    named = [name for name, _ in net.named_parameters()]
+    for found in directions(net, torch.Generator().manual_seed(0))[:2]:
+        moves = {name: bool(part.any()) for name, part in zip(named, found, strict=True)}
+        assert [name for name, any_move in moves.items() if any_move] == ["0.weight"]
+
+
 def test_a_paraboloid(badnets: AttackResult, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss |theta|^2: along orthogonal directions of the filters' length it is |theta|^2 (1 + a^2 + b^2) + linear."""
     torch.manual_seed(0)

@@ -28,24 +28,24 @@ _CEILING, _RADIUS, _DRAWN = 1e4, 0.25, 10.0
 def directions(model: nn.Module, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor], float]:
     """Two random directions, filter-normalised: ``d_o *= |w_o| / |d_o|`` for each row (filter) ``o`` of a weight.
 
-    Zero for parameters of one dimension (biases, norms) and for tokens and position embeddings, whose rows are no
-    filters. The second is drawn by the same law; what it has of the first is taken away, filter by filter, before its
-    lengths are set, so the two are orthogonal and both have the filters' lengths.
+    Zero for what is no filter: parameters of one dimension (biases, norms), those with one value a row (a layer's scale
+    ``[C, 1, 1]``), tokens and position embeddings. The second is drawn by the same law; what it has of the first is
+    taken away, filter by filter, before its lengths are set, so the two are orthogonal and both have the filters'
+    lengths.
 
     Returns:
         The directions in the order of ``model.parameters()``, and their cosine.
     """
     first, second = [], []
     for name, value in model.named_parameters():
-        if value.ndim < 2 or name.endswith(("class_token", "pos_embedding")):
+        if value.ndim < 2 or value[0].numel() < 2 or name.endswith(("class_token", "pos_embedding")):
             first.append(torch.zeros_like(value))
             second.append(torch.zeros_like(value))
             continue
         rows = value.detach().float().flatten(1)
         draws = torch.randn((2, *rows.shape), generator=generator).to(rows.device)
         one, two = draws
-        if rows.shape[1] > 1:
-            two = two - one * ((one * two).sum(1, keepdim=True) / one.square().sum(1, keepdim=True))
+        two = two - one * ((one * two).sum(1, keepdim=True) / one.square().sum(1, keepdim=True))
         length = rows.norm(dim=1, keepdim=True)
         for kept, row in ((first, one), (second, two)):
             kept.append((row * (length / (row.norm(dim=1, keepdim=True) + 1e-10))).view_as(value).to(value.dtype))
@@ -130,9 +130,14 @@ class LossLandscape(Tool):
                 raise ValueError("must be odd, so that the model itself is on the grid")
             return value
 
+    def check(self, subject: Subject) -> None:
+        subject.pairs(1)
+
     def measure(self, subject: Subject) -> Numbers:
         config = self.config
         views = [subject.view(name, config.n) for name in ("clean_test", "bd_test")]
+        for view in views:
+            subject.logits(view.images, config.batch)  # refuses a model that is not finite itself
         sets = [(list(subject.batches(v.images, config.batch)), v.given.to(subject.device)) for v in views]
         steps = np.linspace(-config.extent, config.extent, config.points)
         steps[config.points // 2] = 0.0
@@ -206,7 +211,8 @@ def loss_and_share(model: nn.Module, batches: list[Tensor], labels: Tensor) -> t
         y = labels[start : start + len(x)]
         logits = model(x).float()
         loss += float(F.cross_entropy(logits, y, reduction="sum").double())
-        right += int((logits.argmax(1) == y).sum())
+        # The largest of NaNs is the first class, which nobody said.
+        right += int(((logits.argmax(1) == y) & logits.isfinite().all(1)).sum())
         start += len(x)
     return loss / start, right / start
 
@@ -230,12 +236,8 @@ def _sharpness(steps: np.ndarray, loss: np.ndarray, share: np.ndarray) -> dict[s
     middle = len(steps) // 2
     near = np.hypot(steps[:, None], steps[None, :]) <= _RADIUS + 1e-9
     centre, most = float(loss[middle, middle]), float(loss[near].max())
-    row: dict[str, Any] = {
-        "centre": centre,
-        "most_near": most,
-        "rise": most - centre,
-        "sharpness": most / centre if centre > 0 else float("inf"),
-    }
+    row: dict[str, Any] = {"centre": centre, "most_near": most, "rise": most - centre}
+    row["sharpness"] = most / centre if centre > 0 else float("inf")
     cuts = {
         "+1": share[middle:, middle],
         "-1": share[middle::-1, middle],
