@@ -14,6 +14,7 @@ from torch import Tensor
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.style import short_name
 from bbfast.analysis.subject import Pairs, Subject
+from bbfast.errors import BBFastError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,9 +58,10 @@ def captured(subject: Subject, layer: str) -> Iterator[list[Tensor]]:
     """
     kept: list[Tensor] = []
 
-    def hook(_: Any, __: Any, out: Tensor) -> Tensor:
-        kept.append(out.detach().requires_grad_())
-        return kept[-1].clone()
+    def hook(_: Any, __: Any, out: Any) -> Any:
+        rest = out[1:] if isinstance(out, tuple) else None
+        kept.append((out if rest is None else out[0]).detach().requires_grad_())
+        return kept[-1].clone() if rest is None else (kept[-1].clone(), *rest)
 
     handle = subject.model.get_submodule(layer).register_forward_hook(hook)
     try:
@@ -75,6 +77,8 @@ def top_gradient(subject: Subject, images: Tensor, then: Callable[[Tensor], Any]
         x.requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(subject.model(x).amax(1).sum(), x)
+        if not bool(gradient.isfinite().all()):
+            raise BBFastError("the gradient of the model's largest logit with respect to the pixels is not finite")
         out.append(then(gradient.float()))
     return out
 

@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from bbfast.analysis._layers import by_channel, finite
 from bbfast.analysis.base import ToolConfig
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.style import class_colours, figure, legend, short_name
 from bbfast.analysis.subject import Subject, View
-from bbfast.errors import BBFastError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,29 +53,27 @@ def sample(subject: Subject, view: str, n: int | None, c_sub: int) -> View:
     return whole if n is None or n >= len(whole) else whole.take(subject._balanced(whole, n, view))
 
 
-def features(subject: Subject, layer: str, images: Tensor) -> Tensor:
+def features(subject: Subject, layer: str, images: Tensor, tool: str = "an embedding") -> Tensor:
     """What a layer puts out, float32 ``[n, D]`` on the CPU: maps flattened, or their mean over space if that is more
     than 16,384 values an image; of tokens the first.
 
     Raises:
-        BBFastError: naming the layer, if some of it is not finite.
+        UnsupportedModelError: naming the layer, if some of it is not finite.
     """
-    name, _ = subject.layer(layer)
+    name, module = subject.layer(layer)
     parts: list[Tensor] = []
 
     def keep(out: Tensor) -> None:
+        out = finite(name, tool, out)
         if out.ndim == 3:
             out = out[:, 0]
         elif out.ndim == 4 and out[0].numel() > _WIDEST:
-            out = out.mean((2, 3))
-        parts.append(out.flatten(1).float().cpu())
+            out = by_channel(module, out).mean(2)
+        parts.append(out.flatten(1).cpu())
 
     with subject.watching({name: keep}):
         subject.logits(images)
-    found = torch.cat(parts)
-    if not bool(found.isfinite().all()):
-        raise BBFastError(f"layer {name!r} puts out values that are not finite: there is nothing to embed")
-    return found
+    return torch.cat(parts)
 
 
 def principal(values: Tensor, count: int, seed: int) -> np.ndarray:

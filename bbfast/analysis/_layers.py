@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = [
     "joined",
     "log_ticks",
     "paired_pass",
+    "spatial",
     "split",
     "strip",
     "strip_width",
@@ -54,14 +56,30 @@ def by_channel(layer: nn.Module, out: Tensor) -> Tensor:
     return out.flatten(2) if out.dim() > 2 else out.unsqueeze(-1)
 
 
-def finite(name: str, tool: str, values: Tensor) -> Tensor:
+def spatial(layer: nn.Module, out: Tensor) -> Tensor | None:
+    """A layer's output as maps ``[B, C, h, w]``; None if it has no places.
+
+    Tokens ``[B, T, C]`` are laid out as the square that they come from, without the class token if there is one. A
+    linear layer's channels come last.
+    """
+    if out.dim() == 4:
+        return out.permute(0, 3, 1, 2) if isinstance(layer, nn.Linear) or type(layer) is nn.LayerNorm else out
+    if out.dim() == 3:
+        side = math.isqrt(out.shape[1])
+        tokens = out[:, out.shape[1] - side**2 :]
+        if out.shape[1] - side**2 <= 1:
+            return tokens.transpose(1, 2).unflatten(2, (side, side))
+    return None
+
+
+def finite(name: str, tool: str, values: Tensor, what: str = "values") -> Tensor:
     """``values``, float32.
 
     Raises:
         UnsupportedModelError: naming the layer, if one is NaN or infinite.
     """
     if not bool(values.isfinite().all()):
-        raise UnsupportedModelError(tool, f"layer {name!r}", "it puts out values that are not finite")
+        raise UnsupportedModelError(tool, f"layer {name!r}", f"it puts out {what} that are not finite")
     return values.float()
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bbfast._hashing import to_json
 from bbfast._record import versions
 from bbfast.analysis.base import Tool, create
 from bbfast.analysis.files import write_set
 from bbfast.analysis.numbers import ARRAYS, Numbers
 from bbfast.analysis.subject import Subject
+from bbfast.errors import DataRequirementError
 
 if TYPE_CHECKING:
     from bbfast.attacks import AttackResult
@@ -67,7 +70,8 @@ def run(
 
     Raises:
         UnknownNameError, ConfigError: if there is no such tool, setting or layer.
-        UnsupportedModelError, DataRequirementError: if the tool cannot look at this; before any work.
+        UnsupportedModelError, DataRequirementError: if the tool cannot look at this, or the defense was run on another
+            attack; before any work.
         MissingExtraError: if it needs a package that is not installed.
     """
     from bbfast.attacks import AttackResult
@@ -79,6 +83,8 @@ def run(
         raise TypeError("give either a tool or its settings by name, not both")
     attack = attack_result if isinstance(attack_result, AttackResult) else AttackResult.load(Path(attack_result))
     defense = DefenseResult.load(Path(defense_result)) if isinstance(defense_result, str | Path) else defense_result
+    if defense is not None:
+        _of_that_attack(defense.config.get("attack"), attack.config, str(defense.config.get("defense")))
     where, folder = resolve_device(device), Path(out)
     subject = Subject(attack, defense, where, tool.config.seed)
     tool.check(subject)
@@ -100,3 +106,23 @@ def run(
     }
     figure = write_set(numbers, folder, tool.draw if figures else None)
     return AnalysisResult(tool.name, figure, folder / ARRAYS, numbers.summary, numbers)
+
+
+def _of_that_attack(told: Any, config: Mapping[str, Any], defense: str) -> None:
+    """Refuse a defense of another attack; one made by hand that does not say what it was run on may be of any."""
+    if not isinstance(told, Mapping) or not told:
+        return
+    keys = [key for key in {**config, **told} if key not in ("device", "versions")]
+    differ = [key for key in keys if to_json(told.get(key)) != to_json(config.get(key))]
+    if differ:
+        raise DataRequirementError(
+            f"the defense {defense} was run on another attack: on {_said(told)}, and this is {_said(config)}; "
+            f"they differ in {', '.join(differ)}"
+        )
+
+
+def _said(config: Mapping[str, Any]) -> str:
+    data, model = (config.get(key) or {} for key in ("data", "model"))
+    ratio = (config.get("attack_config") or {}).get("ratio")
+    parts = [config.get("attack"), data.get("name"), model.get("name"), f"ratio {ratio}", f"seed {config.get('seed')}"]
+    return " ".join(map(str, parts))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from bbfast.analysis._named import find_layer
 from bbfast.data.loader import derive_seed
 from bbfast.defenses.features import normalised
 from bbfast.defenses.view import private_copy
-from bbfast.errors import DataRequirementError, UnknownNameError
+from bbfast.errors import BBFastError, DataRequirementError, UnknownNameError
 
 if TYPE_CHECKING:
     from bbfast.attacks import AttackResult
@@ -252,27 +252,25 @@ class Subject:
 
     @torch.no_grad()
     def logits(self, images: Tensor, size: int = 256) -> Tensor:
-        """float32 ``[n, K]`` on the CPU."""
+        """float32 ``[n, K]`` on the CPU.
+
+        Raises:
+            BBFastError: if one is NaN or infinite: the largest of such is any class, usually the first.
+        """
         parts = [self.model(x).float().cpu() for x in self.batches(images, size)]
-        return torch.cat(parts) if parts else torch.zeros(0, self.num_classes)
+        found = torch.cat(parts) if parts else torch.zeros(0, self.num_classes)
+        if bad := int((~found.isfinite()).any(1).sum()):
+            raise BBFastError(f"the model's logits are not finite for {bad} of {len(found)} images: it says nothing")
+        return found
 
     def layer(self, name: str) -> tuple[str, nn.Module]:
         """A layer by its dotted name or by a role (``stage3``, ``last_conv``), see
         :func:`bbfast.models.roles`; of a role with several, the last.
 
         Raises:
-            UnknownNameError: if there is none; with the nearest names.
+            UnknownNameError: if there is none; with the nearest names and the roles.
         """
-        from bbfast.models import roles
-
-        table = roles(self.model)
-        if name in table.table and table.has(name):
-            name = table.names(name)[-1]
-        known = dict(self.model.named_modules())
-        if not name or name not in known:
-            close = difflib.get_close_matches(name, list(known), n=10, cutoff=0)
-            raise UnknownNameError("layer", name, close)
-        return name, known[name]
+        return find_layer(self.model, name)
 
     @contextlib.contextmanager
     def watching(self, callbacks: Mapping[str, Callable[[Tensor], Any]]) -> Iterator[None]:

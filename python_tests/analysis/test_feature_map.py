@@ -13,7 +13,7 @@ from torchvision.models import VisionTransformer
 
 from bbfast import analysis
 from bbfast.analysis import Subject
-from bbfast.analysis.tools.feature_map import spatial
+from bbfast.analysis._layers import spatial
 from bbfast.attacks import AttackResult
 from bbfast.errors import DataRequirementError, UnknownNameError, UnsupportedModelError
 

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 
 from bbfast.analysis._mosaic import EDGE, FOOT, HEAD, mosaic
+from bbfast.analysis._named import usable_layer
 from bbfast.analysis._topk import classes_of, in_order, majority, top_images
 from bbfast.analysis.base import Tool, ToolCard, ToolConfig, register_tool
 from bbfast.analysis.numbers import Numbers
@@ -72,7 +73,7 @@ class ActivatedImages(Tool):
     Config = ActivatedImagesConfig
 
     def check(self, subject: Subject) -> None:
-        subject.layer(self.config.layer)
+        usable_layer(subject, self.name, self.config.layer)
         subject.view(self.config.view, 1)
 
     def measure(self, subject: Subject) -> Numbers:

@@ -44,6 +44,9 @@ class ConfusionMatrix(Tool):
     )
     Config = ToolConfig
 
+    def check(self, subject: Subject) -> None:
+        subject.pairs(1)
+
     def measure(self, subject: Subject) -> Numbers:
         k, names = subject.num_classes, subject.class_names
         clean, bad = subject.view("clean_test"), subject.view("bd_test")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,17 +9,18 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from bbfast.analysis._layers import finite
+from bbfast.analysis._layers import finite, spatial
+from bbfast.analysis._named import usable_layer
 from bbfast.analysis.base import Tool, ToolCard, ToolConfig, register_tool
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.style import figure, short_name
 from bbfast.analysis.subject import Pairs, Subject
-from bbfast.errors import DataRequirementError, UnsupportedModelError
+from bbfast.errors import DataRequirementError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["FeatureMap", "FeatureMapConfig", "spatial"]
+__all__ = ["FeatureMap", "FeatureMapConfig"]
 
 _ACROSS = 6
 """Channels in a row of the figure."""
@@ -40,22 +40,6 @@ class FeatureMapConfig(ToolConfig):
     layer: str = "last_conv"
     id: int | None = Field(None, ge=0)
     channels: int = Field(64, ge=1, le=256)
-
-
-def spatial(layer: nn.Module, out: Tensor) -> Tensor | None:
-    """A layer's output as maps ``[B, C, h, w]``; None if it has no places.
-
-    Tokens ``[B, T, C]`` are laid out as the square that they come from, without the class token if there is one. A
-    linear layer's channels come last.
-    """
-    if out.dim() == 4:
-        return out.permute(0, 3, 1, 2) if isinstance(layer, nn.Linear) or type(layer) is nn.LayerNorm else out
-    if out.dim() == 3:
-        side = math.isqrt(out.shape[1])
-        tokens = out[:, out.shape[1] - side**2 :]
-        if out.shape[1] - side**2 <= 1:
-            return tokens.transpose(1, 2).unflatten(2, (side, side))
-    return None
 
 
 @register_tool("feature_map")
@@ -79,7 +63,7 @@ class FeatureMap(Tool):
     Config = FeatureMapConfig
 
     def check(self, subject: Subject) -> None:
-        subject.layer(self.config.layer)
+        usable_layer(subject, self.name, self.config.layer, _has_maps)
         self._pair(subject)
 
     def measure(self, subject: Subject) -> Numbers:
@@ -89,11 +73,8 @@ class FeatureMap(Tool):
         kept: list[Tensor] = []
         with torch.no_grad(), subject.watching({name: lambda out: kept.append(out.clone())}):
             subject.model(subject.pixels(torch.cat([pair.clean, pair.triggered])))
-        maps = spatial(layer, kept[0]) if kept else None
-        if maps is None:
-            shape = list(kept[0].shape) if kept else "nothing"
-            hint = "choose a layer that puts out maps [N, C, H, W] or a square of tokens [N, T, C]"
-            raise UnsupportedModelError(self.name, f"layer {name!r}", f"it puts out {shape}, no maps", hint)
+        maps = spatial(layer, kept[0])
+        assert maps is not None  # as checked
         clean, bad = finite(name, self.name, maps).cpu()
         diff = (bad.double() - clean.double()).flatten(1).norm(dim=1)
         order = diff.argsort(descending=True, stable=True)
@@ -163,6 +144,12 @@ class FeatureMap(Tool):
             colours = ScalarMappable(Normalize(-limit, limit), matplotlib.colormaps["coolwarm"])
             made.colorbar(colours, ax=right, label="triggered - clean", shrink=0.9, pad=0.01, aspect=40)
         return made
+
+
+def _has_maps(layer: nn.Module, shape: tuple[int, ...]) -> str:
+    if spatial(layer, torch.empty(shape)) is not None:
+        return ""
+    return f"it puts out {list(shape)}, no maps [N, C, H, W] and no square of tokens [N, T, C]"
 
 
 def _sheet(pair: list[np.ndarray], gap: np.ndarray, limit: float) -> tuple[np.ndarray, list[tuple[float, float]]]:

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from bbfast.analysis._layers import by_channel, finite
+from bbfast.analysis._named import usable_layer
 from bbfast.analysis.base import Tool, ToolCard, ToolConfig, register_tool
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.style import figure
 from bbfast.analysis.subject import Subject
-from bbfast.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,23 +109,15 @@ class FeatureVisualization(Tool):
         n_stat: int = Field(2000, ge=1)
 
     def check(self, subject: Subject) -> None:
-        name, module = subject.layer(self.config.layer)
-        shapes: list[torch.Size] = []
-        with subject.watching({name: lambda out: shapes.append(out.shape)}):
-            subject.logits(subject.attack.test.images[:1])
-        if isinstance(module, nn.Linear) or (shapes and len(shapes[0]) == 4):
-            return
-        linear = [key for key, value in subject.model.named_modules() if isinstance(value, nn.Linear | nn.Conv2d)]
-        reason = "what this layer puts out has no channels of maps"
-        raise UnsupportedModelError("feature_visualization", name, reason, f"for instance {linear[0]}, {linear[-2]}")
+        usable_layer(subject, self.name, self.config.layer, _channels)
+        subject.pairs(1)
 
     def measure(self, subject: Subject) -> Numbers:
         config = self.config
         name, module = subject.layer(config.layer)
-        last = isinstance(module, nn.Linear)
-        clean = self._activations(subject, name, last, subject.view("clean_test", config.n_stat).images)
+        clean = self._activations(subject, name, module, subject.view("clean_test", config.n_stat).images)
         pairs = subject.pairs(config.n_stat)
-        both = [self._activations(subject, name, last, images) for images in (pairs.triggered, pairs.clean)]
+        both = [self._activations(subject, name, module, images) for images in (pairs.triggered, pairs.clean)]
         change = (both[0] - both[1]).abs().mean(0)
         order = change.argsort(descending=True, stable=True)[: config.channels]
         channels, height, width = subject.image_size
@@ -138,7 +131,7 @@ class FeatureVisualization(Tool):
         moves = moves * torch.tensor([_TURN, _SCALE, _SHIFT, _SHIFT]) + torch.tensor([0, 1, 0, 0])
         images, reached, noise = [], [], []
         for rows in torch.arange(len(order)).split(config.batch):
-            found, value, first = self._ascend(subject, name, last, order[rows], start[rows], moves)
+            found, value, first = self._ascend(subject, name, module, order[rows], start[rows], moves)
             images.append(found)
             reached.append(value)
             noise.append(first)
@@ -160,15 +153,15 @@ class FeatureVisualization(Tool):
         }
         return Numbers(arrays, table, summary, {"layer": name, "steps": config.steps, "of": total})
 
-    def _activations(self, subject: Subject, name: str, last: bool, images: Tensor) -> Tensor:
+    def _activations(self, subject: Subject, name: str, module: nn.Module, images: Tensor) -> Tensor:
         """Mean of every channel, float32 ``[n, R]`` on the CPU."""
         parts: list[Tensor] = []
-        with subject.watching({name: lambda out: parts.append(_means(out, last).float().cpu())}):
+        with subject.watching({name: lambda out: parts.append(_means(module, finite(name, self.name, out)).cpu())}):
             subject.logits(images)
         return torch.cat(parts)
 
     def _ascend(
-        self, subject: Subject, name: str, last: bool, channels: Tensor, start: Tensor, moves: Tensor
+        self, subject: Subject, name: str, module: nn.Module, channels: Tensor, start: Tensor, moves: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images float32 ``[n, C, H, W]`` 0..1, their channel's activation, and that of the images before."""
         config, device = self.config, subject.device
@@ -183,7 +176,7 @@ class FeatureVisualization(Tool):
         def excited(images: Tensor) -> Tensor:
             seen.clear()
             subject.model((images - mean) / std)
-            return _means(seen[0], last)[rows, which]
+            return _means(module, seen[0])[rows, which]
 
         with subject.watching({name: seen.append}), torch.enable_grad():
             before = excited(paint(spectrum, height, width)).detach()
@@ -197,7 +190,7 @@ class FeatureVisualization(Tool):
                 (spectrum.grad,) = torch.autograd.grad(loss, spectrum)
                 optimizer.step()
             images = paint(spectrum, height, width).detach()
-            after = excited(images).detach()
+            after = finite(name, self.name, excited(images).detach())
         return images.cpu(), after.float().cpu(), before.float().cpu()
 
     @staticmethod
@@ -224,8 +217,11 @@ class FeatureVisualization(Tool):
         return made
 
 
-def _means(out: Tensor, last: bool) -> Tensor:
-    """Mean of every channel over space or tokens, ``[n, R]``; of a linear layer channels come last."""
-    if last:
-        return out.flatten(1, -2).mean(1) if out.ndim > 2 else out
-    return out.mean((2, 3))
+def _means(layer: nn.Module, out: Tensor) -> Tensor:
+    """Mean of every channel over space or tokens, ``[n, R]``."""
+    return by_channel(layer, out).mean(2)
+
+
+def _channels(layer: nn.Module, shape: tuple[int, ...]) -> str:
+    fits = isinstance(layer, nn.Linear) or len(shape) == 4
+    return "" if fits else f"what it puts out, {list(shape)}, has no channels of maps"

@@ -79,6 +79,9 @@ class FrequencySaliency(Tool):
         shown: int = Field(4, ge=1, le=16)
         n_stat: int = Field(500, ge=1)
 
+    def check(self, subject: Subject) -> None:
+        subject.pairs(1)
+
     def measure(self, subject: Subject) -> Numbers:
         few, arrays = shown(subject, self.config.shown)
         pairs = subject.pairs(self.config.n_stat)

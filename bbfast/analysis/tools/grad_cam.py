@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from bbfast.analysis._attribution import SIDES, captured, mean_finite, picture, shown, trigger_mask
+from bbfast.analysis._layers import finite, spatial
+from bbfast.analysis._named import usable_layer
 from bbfast.analysis.base import Tool, ToolCard, ToolConfig, register_tool
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.style import figure
@@ -110,16 +112,8 @@ class GradCAM(Tool):
         n_stat: int = Field(500, ge=1)
 
     def check(self, subject: Subject) -> None:
-        name = self._layer(subject)
-        probe = subject.pairs(1).clean
-        with captured(subject, name) as kept:
-            subject.logits(probe)
-        shape = tuple(kept[0].shape) if kept else ()
-        side = math.isqrt(shape[1] - 1) if len(shape) == 3 else 0
-        if not (len(shape) == 4 or (side > 0 and side * side == shape[1] - 1)) or min(shape[2:], default=0) < 1:
-            raise UnsupportedModelError("grad_cam", name, f"what this layer puts out, {list(shape)}, is no map")
-        if len(shape) == 4 and shape[2:] == (1, 1):
-            raise UnsupportedModelError("grad_cam", name, "its map has a single pixel", "name an earlier layer")
+        name, _ = usable_layer(subject, self.name, self._layer(subject), _places)
+        self._cams(subject, name, subject.pairs(1).clean)
 
     def measure(self, subject: Subject) -> Numbers:
         name = self._layer(subject)
@@ -148,13 +142,18 @@ class GradCAM(Tool):
 
     def _cams(self, subject: Subject, layer: str, images: Tensor) -> Tensor:
         """float32 ``[n, H, W]`` on the CPU."""
-        out = []
+        out, module, size = [], subject.model.get_submodule(layer), (images.shape[2], images.shape[3])
         for x in subject.batches(images, 128):
             with captured(subject, layer) as kept, torch.enable_grad():
                 best = subject.model(x).amax(1).sum()
-                (gradient,) = torch.autograd.grad(best, kept[0])
-            maps, slopes = _grid(kept[0].detach()).float(), _grid(gradient).float()
-            size = (images.shape[2], images.shape[3])
+                (gradient,) = torch.autograd.grad(best, kept[0], allow_unused=True)
+            if gradient is None:
+                raise UnsupportedModelError(self.name, f"layer {layer!r}", "the logits do not depend on it")
+            maps, slopes = (
+                finite(layer, self.name, part, what)
+                for part, what in ((kept[0].detach(), "values"), (gradient, "slopes"))
+            )
+            maps, slopes = (cast(Tensor, spatial(module, part)) for part in (maps, slopes))
             out.append(cam(maps, slopes, size, self.config.method).cpu())
         return torch.cat(out)
 
@@ -192,9 +191,8 @@ class GradCAM(Tool):
         return made
 
 
-def _grid(out: Tensor) -> Tensor:
-    """Maps as they are; tokens ``[n, 1 + s * s, c]`` as maps ``[n, c, s, s]``, without the class token."""
-    if out.ndim == 4:
-        return out
-    side = math.isqrt(out.shape[1] - 1)
-    return out[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+def _places(layer: nn.Module, shape: tuple[int, ...]) -> str:
+    maps = spatial(layer, torch.empty(shape))
+    if maps is None:
+        return f"what it puts out, {list(shape)}, is no map"
+    return "its map has a single pixel; name an earlier one" if maps.shape[2:] == (1, 1) else ""

@@ -94,6 +94,9 @@ class Hessian(Tool):
         trace_probes: int = Field(30, ge=1)
         batch: int = Field(256, ge=1)
 
+    def check(self, subject: Subject) -> None:
+        subject.pairs(1)
+
     def measure(self, subject: Subject) -> Numbers:
         arrays: dict[str, np.ndarray] = {}
         table: list[dict[str, Any]] = []

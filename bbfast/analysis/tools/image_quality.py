@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bbfast import metrics, ops
+from bbfast.analysis._layers import finite
 from bbfast.analysis.base import Tool, ToolCard, ToolConfig, register_tool
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.style import OTHER, POISONED, figure
@@ -122,6 +123,9 @@ class ImageQuality(Tool):
     )
     Config = ImageQualityConfig
 
+    def check(self, subject: Subject) -> None:
+        subject.pairs(1)
+
     def measure(self, subject: Subject) -> Numbers:
         config: ImageQualityConfig = self.config
         pairs = subject.pairs(config.n)
@@ -195,6 +199,8 @@ def _distance(subject: Subject, pairs: Pairs) -> float:
             torch.cat([features(subject.model, x, "penultimate").flatten(1) for x in subject.batches(images)])
             for images in (pairs.clean, pairs.triggered)
         ]
+    for values in sets:
+        finite("penultimate", "image_quality", values)
     return frechet(*sets)
 
 

@@ -93,6 +93,9 @@ class Metrics(Tool):
     )
     Config = MetricsConfig
 
+    def check(self, subject: Subject) -> None:
+        subject.pairs(1)
+
     def measure(self, subject: Subject) -> Numbers:
         defended = subject.defense is not None
         models = [("no defense", subject.attacked_model)] if defended else []

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bbfast import ops
 from bbfast.analysis._layers import by_channel, finite, paired_pass
+from bbfast.analysis._named import usable_layer
 from bbfast.analysis.base import Tool, ToolCard, ToolConfig, register_tool
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.style import CLEAN, POISONED, figure
@@ -70,7 +71,7 @@ class NeuronActivation(Tool):
     Config = NeuronActivationConfig
 
     def check(self, subject: Subject) -> None:
-        subject.layer(self.config.layer)
+        usable_layer(subject, self.name, self.config.layer)
         subject.pairs(1)
 
     def measure(self, subject: Subject) -> Numbers:

@@ -14,7 +14,7 @@ from bbfast.analysis.base import Tool, ToolCard, ToolConfig, register_tool
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.style import figure, short_name
 from bbfast.analysis.subject import Subject
-from bbfast.errors import DataRequirementError
+from bbfast.errors import BBFastError, DataRequirementError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,6 +103,7 @@ class Shapley(Tool):
         shown: int = Field(4, ge=1, le=16)
 
     def check(self, subject: Subject) -> None:
+        subject.pairs(1)
         if len(subject.attack.test) <= min(self.config.shown, len(subject.attack.backdoor_test)):
             raise DataRequirementError("shapley needs clean test images besides those shown, as the background")
 
@@ -129,6 +130,8 @@ class Shapley(Tool):
                 phi = expected_gradients(
                     subject.model, pixels[i], background, chosen.to(pixels.device), draws, generator
                 ).cpu()
+                if not bool(phi.isfinite().all()):
+                    raise BBFastError("the gradients of the model's logits between images are not finite")
                 flat = phi.sum(1)
                 gap = (logits[i] - base)[chosen]
                 error = (flat.sum((1, 2)) - gap).abs() / gap.abs().clamp_min(1e-12)

@@ -15,6 +15,7 @@ from bbfast.analysis._embedding import (
     principal,
     sample,
 )
+from bbfast.analysis._named import usable_layer
 from bbfast.analysis.base import Tool, ToolCard, register_tool
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.subject import Subject
@@ -67,7 +68,7 @@ class TSNE(Tool):
         init: Literal["pca", "random"] = "pca"
 
     def check(self, subject: Subject) -> None:
-        subject.layer(self.config.layer)
+        usable_layer(subject, self.name, self.config.layer)
         found = len(subject.view(self.config.view))
         if found < _FEWEST:
             raise DataRequirementError(f"tsne needs at least {_FEWEST} samples, and {self.config.view} has {found}")
@@ -77,7 +78,7 @@ class TSNE(Tool):
 
         config = self.config
         view = sample(subject, config.view, config.n_sub, config.c_sub)
-        points = principal(features(subject, config.layer, view.images), config.pca, config.seed)
+        points = principal(features(subject, config.layer, view.images, self.name), config.pca, config.seed)
         perplexity = min(config.perplexity, (len(view) - 1) / 3)
         made = Embedding(perplexity=perplexity, init=config.init, random_state=config.seed, n_jobs=1)
         numbers = embedding_numbers(subject, view, points, np.asarray(made.fit_transform(points)))

@@ -17,6 +17,7 @@ from bbfast.analysis._embedding import (
     principal,
     sample,
 )
+from bbfast.analysis._named import usable_layer
 from bbfast.analysis.base import Tool, ToolCard, register_tool
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.subject import Subject
@@ -74,7 +75,7 @@ class UMAP(Tool):
     def check(self, subject: Subject) -> None:
         if importlib.util.find_spec("umap") is None:
             raise MissingExtraError("the tool 'umap'", "umap-learn", "analysis")
-        subject.layer(self.config.layer)
+        usable_layer(subject, self.name, self.config.layer)
         found = len(subject.view(self.config.view))
         # Spectral initialisation needs more samples than that; n_neighbors must be fewer than there are.
         fewest = max(_FEWEST, self.config.n_neighbors + 1)
@@ -89,7 +90,7 @@ class UMAP(Tool):
 
         config = self.config
         view = sample(subject, config.view, config.n_sub, config.c_sub)
-        points = principal(features(subject, config.layer, view.images), config.pca, config.seed)
+        points = principal(features(subject, config.layer, view.images, self.name), config.pca, config.seed)
         made = umap.UMAP(n_neighbors=config.n_neighbors, min_dist=config.min_dist, random_state=config.seed, n_jobs=1)
         if config.fit_on == "clean" and bool(view.poisoned.any()):
             bad = view.poisoned.numpy()
