@@ -30,8 +30,9 @@ def confusion(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
 class ConfusionMatrix(Tool):
     """Rows are true classes, columns what the model says, for clean and for triggered test images.
 
-    Arrays: ``clean``, ``bd``: int64 ``[K, K]``. Table: recall and precision of each class on clean images, and its
-    share that the trigger turns to the target. A class without images has an empty (grey) row.
+    Arrays: ``clean``, ``bd``: int64 ``[K, K]``. Table: recall and precision of each class on clean images, the
+    share of its triggered images that go where the attacker wants, and its rows of both matrices as shares
+    (``clean_0`` .. ``bd_K-1``; NaN without images). A class without images has an empty (grey) row.
     """
 
     card = ToolCard(
@@ -50,25 +51,28 @@ class ConfusionMatrix(Tool):
     def measure(self, subject: Subject) -> Numbers:
         k, names = subject.num_classes, subject.class_names
         clean, bad = subject.view("clean_test"), subject.view("bd_test")
-        matrices = [confusion(v.labels, subject.logits(v.images).argmax(1), k) for v in (clean, bad)]
-        counts, triggered = (m.double().numpy() for m in matrices)
+        said = [subject.logits(v.images).argmax(1) for v in (clean, bad)]
+        matrices = [confusion(v.labels, found, k).numpy() for v, found in zip((clean, bad), said, strict=True)]
+        counts, hit = matrices[0].astype(float), said[1] == bad.given
         with np.errstate(invalid="ignore"):
             recall, precision = np.diag(counts) / counts.sum(1), np.diag(counts) / counts.sum(0)
-            turned = _to_target(triggered, bad.labels, bad.given)
+            turned = torch.bincount(bad.labels[hit], minlength=k).numpy() / matrices[1].sum(1)
+            shares = {key: m / m.sum(1, keepdims=True) for key, m in zip(("clean", "bd"), matrices, strict=True)}
         worst = [
             {"true": names[i], "predicted": names[j], "count": int(counts[i, j])}
             for i, j in sorted(np.argwhere(counts > 0).tolist(), key=lambda ij: (-counts[ij[0], ij[1]], ij))
             if i != j
         ][:_WORST]
         return Numbers(
-            arrays={"clean": matrices[0].numpy(), "bd": matrices[1].numpy()},
+            arrays={"clean": matrices[0], "bd": matrices[1]},
             table=[
                 {"class": names[i], "recall": recall[i], "precision": precision[i], "to_target": turned[i]}
+                | {f"{key}_{j}": share[i, j] for key, share in shares.items() for j in range(k)}
                 for i in range(k)
             ],
             summary={
                 "accuracy": float(np.diag(counts).sum() / counts.sum()),
-                "asr": float((subject.logits(bad.images).argmax(1) == bad.given).double().mean()),
+                "asr": float(hit.double().mean()),
                 "most_confused": worst,
             },
             meta={"target": subject.attack.target},
@@ -100,12 +104,3 @@ class ConfusionMatrix(Tool):
                         axis.text(j, i, text, ha="center", va="center", fontsize=6.5, color="w" if dark else "k")
             made.colorbar(shown, ax=axes, label="share of the true class", shrink=0.8)
         return made
-
-
-def _to_target(counts: np.ndarray, labels: Tensor, wanted: Tensor) -> np.ndarray:
-    """Share of each class's triggered images that is taken for what the attacker wants."""
-    share = np.full(len(counts), np.nan)
-    for label in labels.unique().tolist():
-        target = int(wanted[labels == label][0])
-        share[label] = counts[label, target] / counts[label].sum()
-    return share
