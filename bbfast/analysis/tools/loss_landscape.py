@@ -43,8 +43,7 @@ def directions(model: nn.Module, generator: torch.Generator) -> tuple[list[Tenso
             second.append(torch.zeros_like(value))
             continue
         rows = value.detach().float().flatten(1)
-        draws = torch.randn((2, *rows.shape), generator=generator).to(rows.device)
-        one, two = draws
+        one, two = torch.randn((2, *rows.shape), generator=generator).to(rows.device)
         two = two - one * ((one * two).sum(1, keepdim=True) / one.square().sum(1, keepdim=True))
         length = rows.norm(dim=1, keepdim=True)
         for kept, row in ((first, one), (second, two)):
