@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "AccessDeniedError",
@@ -69,7 +72,23 @@ class MissingExtraError(BBFastError):
 
 
 class DivergedError(BBFastError):
-    """A training's loss is no longer finite."""
+    """A training's loss is no longer finite.
+
+    Args:
+        what: What stopped being finite, and at which step.
+        remedy: What to do about it.
+        last_good: From :func:`bbfast.train`, directly or through a defense: the state dict of the network in training,
+            on its device, as it was after the last epoch with a finite loss and finite weights, or before the first.
+            None if there were no finite ones, and from loops of a method's own (masks, triggers). It does not travel
+            between processes.
+    """
+
+    def __init__(self, what: str, remedy: str = "", last_good: dict[str, Tensor] | None = None) -> None:
+        super().__init__(f"{what}; {remedy}" if remedy else what)
+        self.what, self.remedy, self.last_good = what, remedy, last_good
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.what, self.remedy)
 
 
 class ArtifactError(BBFastError):

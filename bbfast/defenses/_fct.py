@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bbfast.data.imageset import ImageSet
 from bbfast.defenses._content import content_keys, content_order
+from bbfast.defenses._diverged import lower, naming
 from bbfast.defenses._draws import Draws
 from bbfast.defenses.base import DefenseConfig
 from bbfast.defenses.features import extract_features
@@ -134,24 +135,27 @@ def sensitivity(view: DefenderView, config: FctConfig) -> Sensitivity:
     recipe = sgd_recipe(view, config.batch_size, config.sd_weight_decay).replace(
         epochs=config.train_epochs + config.sep_epochs, lr=config.sd_lr, augment=False, compile=False
     )
-    done = train(
-        view.fresh_model(),
-        data,
-        recipe,
-        seed=view.seed,
-        device=view.device,
-        program=Separation(config.train_epochs, view.num_classes),
-        checkpoint=None if view.checkpoint is None else view.checkpoint / "fct",
-        progress=view.progress,
-        description=f"{view.method} sensitivity",
-    )
+    remedy = lower(config, "sd_lr")
+    with naming(view.method, "sensitivity", remedy):
+        done = train(
+            view.fresh_model(),
+            data,
+            recipe,
+            seed=view.seed,
+            device=view.device,
+            program=Separation(config.train_epochs, view.num_classes),
+            checkpoint=None if view.checkpoint is None else view.checkpoint / "fct",
+            progress=view.progress,
+            description=f"{view.method} sensitivity",
+        )
     trained = time.perf_counter()
     changes = feature_changes(done.model, data, view, config)
     broken = int((~changes.isfinite()).sum())
     if broken:
         raise DivergedError(
-            f"{view.method}: the features of {broken} of {len(data)} samples are NaN or infinite after {recipe.epochs} "
-            "epochs; lower sd_lr"
+            f"{view.method}, sensitivity: the features of {broken} of {len(data)} samples are NaN or infinite after "
+            f"{recipe.epochs} epochs",
+            remedy,
         )
     n = len(data)
     rank = changes.argsort(stable=True)

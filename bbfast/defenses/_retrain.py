@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bbfast.defenses._diverged import naming
 from bbfast.defenses.view import DefenderView
 from bbfast.errors import DataRequirementError
 
@@ -38,20 +39,22 @@ def retrain(
 
     Raises:
         DataRequirementError: if nothing is kept.
+        DivergedError: if the loss stops being finite.
     """
     from bbfast.training import train
 
     assert view.recipe is not None, "retrain is for views that demand_recipe let through"
     if not bool(keep.any()):
         raise DataRequirementError(f"{method} flagged all {len(keep)} training samples, nothing is left to train on")
-    done = train(
-        view.fresh_model(),
-        view.poisoned_train.subset(keep.cpu()),
-        view.recipe,
-        seed=view.seed,
-        device=view.device,
-        checkpoint=None if view.checkpoint is None else view.checkpoint / stage,
-        progress=view.progress,
-        description=f"{method} {stage}",
-    )
+    with naming(method, stage, f"give a recipe= with a lower lr (now {view.recipe.lr:g})"):
+        done = train(
+            view.fresh_model(),
+            view.poisoned_train.subset(keep.cpu()),
+            view.recipe,
+            seed=view.seed,
+            device=view.device,
+            checkpoint=None if view.checkpoint is None else view.checkpoint / stage,
+            progress=view.progress,
+            description=f"{method} {stage}",
+        )
     return done.model, done.history

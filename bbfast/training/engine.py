@@ -21,6 +21,7 @@ from bbfast.data.imageset import ImageSet
 from bbfast.data.loader import Batch, BatchLoader, derive_seed
 from bbfast.errors import BBFastError, DivergedError
 from bbfast.training._checks import check_arguments, check_fit
+from bbfast.training._last_good import LastGood
 from bbfast.training._tally import Tally
 from bbfast.training.callbacks import Callbacks, EpochInfo, StartInfo
 from bbfast.training.checkpoint import Checkpoint, Checkpoints
@@ -113,7 +114,7 @@ def train(
         TypeError: if an argument has the wrong type.
         ValueError: if ``train`` is empty, labels exceed the model's outputs, images do not fit the model, or the
             device or precision cannot be had.
-        DivergedError: if the loss stops being finite.
+        DivergedError: if the loss stops being finite; its ``last_good`` has the weights before that.
         BBFastError: if deterministic mode meets an operation that has no deterministic form.
     """
     check_arguments(model, train, recipe, program, seed, test=test, backdoor_test=backdoor_test)
@@ -135,7 +136,11 @@ def train(
             if program.classifies:
                 check_fit(model, where, numerics, train=train, test=test, backdoor_test=backdoor_test)
             run = _Run(model, train, recipe, program, seed, where, numerics, checkpoint, hooks)
-            return run.go(test, backdoor_test, progress, description)
+            try:
+                return run.go(test, backdoor_test, progress, description)
+            except DivergedError as error:
+                error.last_good = run.last_good.weights
+                raise
         except RuntimeError as error:
             if recipe.deterministic and "deterministic" in str(error):
                 reason = str(error).split(". ")[0]
@@ -180,6 +185,7 @@ class _Run:
         )
         self.history: list[dict[str, Any]] = []
         self.earlier_seconds = 0.0
+        self.last_good = LastGood()
         self.checkpoints = Checkpoints(checkpoint, self._identity() if checkpoint is not None else {})
 
     def go(
@@ -196,6 +202,7 @@ class _Run:
         if epochs:
             self._prepare(steps)
             first = self._resume()
+            self.last_good.keep(self.model)
         else:
             first = 0
         with _progress.bar(description, epochs * steps, progress, done=first * steps) as bar:
@@ -204,6 +211,8 @@ class _Run:
                 row = self._epoch(epoch, bar)
                 if self._measures(epoch):
                     row |= measure(self.model, test, backdoor_test, self.device, self.numerics)
+                if epoch < epochs - 1:
+                    self.last_good.keep(self.model)
                 self.history.append(row)
                 shown |= {"epoch": f"{epoch + 1}/{epochs}"} | {k: row[k] for k in ("loss", "c_acc", "asr") if k in row}
                 bar.show(shown)
@@ -262,7 +271,8 @@ class _Run:
         if not math.isfinite(row["loss"]):
             raise DivergedError(
                 f"the training loss became {row['loss']} in epoch {epoch} (learning rate {row['lr']:g}, precision "
-                f"{self.numerics.precision}); lower lr, set clip_grad_norm, or use precision='fp32'"
+                f"{self.numerics.precision})",
+                "lower lr, set clip_grad_norm, or use precision='fp32'",
             )
         if epoch >= self.schedule_start:
             self.schedule.epoch_done(row["loss"])

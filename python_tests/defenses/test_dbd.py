@@ -247,7 +247,7 @@ def test_bad_input(toy_attack: MakeAttack) -> None:
         defenses.defend(defenses.create("dbd", label_fraction=0.9), toy_attack(n=200), **CPU)
     with pytest.raises(ConfigError, match="label_fraction"):
         defenses.create("dbd", label_fraction=1.1)
-    with pytest.raises(DivergedError, match=r"dbd: .*lower (ssl_)?lr"):
+    with pytest.raises(DivergedError, match=r"dbd, .*: .*lower (ssl_)?lr"):
         defenses.defend(defenses.create("dbd", **TINY | {"lr": 1e30}), toy_attack(n=100), **CPU)
 
 

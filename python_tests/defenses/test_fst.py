@@ -118,7 +118,7 @@ def test_settings_and_errors(toy_view: MakeView, toy_images: MakeImages, toy_att
     with torch.device("meta"):
         vgg = build("vgg19_bn", 4, 32)
     assert classifier_of(vgg)[0] == "classifier.6"
-    with pytest.raises(DivergedError, match=r"fst: the training loss became .*lower alpha \(now 0\.2\)"):
+    with pytest.raises(DivergedError, match=r"fst, tuning: the training loss became .*lower alpha \(now 0\.2\)"):
         defenses.defend(defenses.create("fst", lr=1e30, epochs=3), toy_attack(), 0.3, device="cpu", progress=False)
 
 

@@ -112,7 +112,7 @@ def test_settings_and_errors(toy_view: MakeView, toy_images: MakeImages, toy_att
         defenses.create("seam").check(toy_view(fresh(), clean=toy_images(1, 4)))
     with pytest.raises(DataRequirementError, match="with one class there are none"):
         defenses.create("seam").check(toy_view(fresh(), clean=toy_images(4, 1), classes=1))
-    with pytest.raises(DivergedError, match=r"seam: the training loss became .*lower lr \(now 1e\+30\)"):
+    with pytest.raises(DivergedError, match=r"seam, recovery: the training loss became .*lower lr \(now 1e\+30\)"):
         defenses.defend(defenses.create("seam", lr=1e30), toy_attack(), 0.3, device="cpu", progress=False)
 
 

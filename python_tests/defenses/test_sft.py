@@ -87,7 +87,7 @@ def test_settings(toy_view: MakeView, toy_images: MakeImages) -> None:
 
 def test_divergence_names_the_peak(toy_attack: MakeAttack) -> None:
     defense = defenses.create("sft", epochs=30, lr_first=1e30)
-    with pytest.raises(DivergedError, match=r"sft: the training loss became .*lower lr_first \(now 1e\+30"):
+    with pytest.raises(DivergedError, match=r"sft, fine-tuning: the training .*lower lr_first \(now 1e\+30"):
         defenses.defend(defense, toy_attack(), 0.3, device="cpu", progress=False)
 
 

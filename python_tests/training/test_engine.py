@@ -1,17 +1,18 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bbfast.data.imageset import BackdoorSet, ImageSet
 from bbfast.data.loader import BatchLoader
-from bbfast.errors import BBFastError
-from bbfast.training import EpochInfo, Recipe, TrainResult, predict_labels, train
+from bbfast.errors import BBFastError, DivergedError
+from bbfast.training import EpochInfo, Program, Recipe, TrainResult, predict_labels, train
 
 MakeSet = Callable[..., ImageSet]
 MakeNet = Callable[..., nn.Module]
@@ -196,6 +197,32 @@ def test_fewer_images_than_a_batch(make_set: MakeSet, make_net: MakeNet, recipe:
 def test_nan_loss_names_epoch_and_remedy(make_set: MakeSet, make_net: MakeNet, recipe: Recipe) -> None:
     with pytest.raises(BBFastError, match=r"loss became (nan|inf) in epoch 0 .*lower lr"):
         train(make_net(), make_set(40), recipe.replace(lr=1e30), device="cpu")
+
+
+@pytest.mark.parametrize(("steps", "broken_at"), [(3, 2), (1, 2), (3, 0)])
+def test_a_diverged_training_hands_back_the_last_finite_weights(
+    make_set: MakeSet, make_net: MakeNet, recipe: Recipe, steps: int, broken_at: int
+) -> None:
+    """With one step an epoch, the epoch that breaks the weights still has a finite loss."""
+    at_ends: list[dict[str, Tensor]] = []
+
+    class Breaks(Program):
+        def after_step(self, model: nn.Module) -> None:
+            if len(at_ends) == broken_at:
+                next(model.parameters()).data.fill_(math.nan)
+
+    class Ends:
+        def on_epoch_end(self, info: Any) -> None:
+            at_ends.append(weights(info.model))
+
+    model = make_net()
+    start, quick = weights(model), recipe.replace(epochs=9, batch_size=60 // steps)
+    with pytest.raises(DivergedError, match="became nan in epoch") as caught:
+        train(model, make_set(60), quick, device="cpu", program=Breaks(), callbacks=[Ends()])
+    kept = caught.value.last_good
+    assert kept is not None and same(kept, at_ends[broken_at - 1] if broken_at else start)
+    assert not same(kept, weights(model))
+    make_net().load_state_dict(kept)
 
 
 def test_user_model_without_batch_norm_or_convolutions(make_set: MakeSet, recipe: Recipe) -> None:

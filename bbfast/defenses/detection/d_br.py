@@ -15,6 +15,7 @@ from bbfast._hashing import content_hash
 from bbfast.data.imageset import ImageSet
 from bbfast.data.loader import BatchLoader
 from bbfast.defenses._content import content_order
+from bbfast.defenses._diverged import lower
 from bbfast.defenses._fct import FctConfig, Sensitivity, check_fct, sensitivity
 from bbfast.defenses.base import Defense, register_defense
 from bbfast.defenses.card import DefenseCard
@@ -154,7 +155,7 @@ class DBR(Defense):
             recipe,
             Removal(data.subset(found.poisoned[at]), config.ascent_stop, view.num_classes),
             tag="removal",
-            remedy=f"lower rounds (now {config.rounds}) or set ascent_stop=10",
+            remedy=f"{lower(config, 'lr', 'rounds')}, or set ascent_stop=10",
         )
         result.model = model.eval()
         result.history = [
@@ -210,7 +211,7 @@ class Removal(Program):
         if not math.isfinite(mean):
             raise DivergedError(
                 f"the cross-entropy of the {len(self._forgotten)} samples to forget became {mean} in round {epoch} of "
-                f"the removal; lower lr (now {self.recipe.lr:g}) or set ascent_stop"
+                "the removal"
             )
         self._row = {"ascent_loss": mean}
 

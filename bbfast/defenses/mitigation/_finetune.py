@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from bbfast.data.imageset import ImageSet
+from bbfast.defenses._diverged import lower, naming
 from bbfast.defenses.base import DefenseConfig
 from bbfast.defenses.view import DefenderView
 
@@ -107,6 +108,7 @@ def finetune(
     epochs: int,
     lr: float,
     tag: str,
+    slower: Sequence[str] = ("lr",),
     program: Program | None = None,
     callbacks: Sequence[Any] = (),
 ) -> list[dict[str, Any]]:
@@ -120,17 +122,21 @@ def finetune(
         epochs: Passes over ``images``.
         lr: Learning rate.
         tag: Name of this training: of its seed, its checkpoint and its progress bar.
+        slower: Names of the settings to lower when the loss stops being finite.
         program: Hooks into the training step.
         callbacks: As in :func:`bbfast.train`.
 
     Returns:
         One dict an epoch.
+
+    Raises:
+        DivergedError: if the loss stops being finite.
     """
     from bbfast.training import train
 
     if epochs == 0:
         return []
-    with trainable(model):
+    with trainable(model), naming(view.method, tag, lower(config, *slower)):
         trained = train(
             model,
             images,

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from bbfast.data.imageset import ImageSet
+from bbfast.defenses._diverged import naming
 from bbfast.defenses.mitigation._finetune import trainable
 from bbfast.defenses.view import DefenderView
-from bbfast.errors import DivergedError
 
 if TYPE_CHECKING:
     from bbfast.training import Program, Recipe
@@ -63,22 +63,19 @@ def optimise(
     if recipe.epochs == 0:
         return []
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    with trainable(model):
+    with trainable(model), naming(view.method, tag, remedy):
         if not free:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-        try:
-            done = train(
-                model,
-                images,
-                recipe,
-                seed=view.derive_seed(tag),
-                device=view.device,
-                program=program,
-                checkpoint=view.checkpoint / tag if view.checkpoint is not None else None,
-                progress=view.progress,
-                description=f"{view.method}: {tag}",
-            )
-        except DivergedError as error:
-            raise DivergedError(f"{view.method}: {error}; or {remedy}") from error
+        done = train(
+            model,
+            images,
+            recipe,
+            seed=view.derive_seed(tag),
+            device=view.device,
+            program=program,
+            checkpoint=view.checkpoint / tag if view.checkpoint is not None else None,
+            progress=view.progress,
+            description=f"{view.method}: {tag}",
+        )
     return list(done.history)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bbfast import models
 from bbfast.data.loader import BatchLoader
+from bbfast.defenses._diverged import lower
 from bbfast.defenses.base import Defense, DefenseConfig, register_defense
 from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.mitigation._bti_programs import Identity, Inversion, Purification, Unlearning
@@ -207,7 +208,7 @@ class BTIDBF(Defense):
 
         def phase(net: nn.Module, program: Program, tag: str, epochs: int, lr: float) -> None:
             recipe = config.recipe(view, len(clean), epochs, lr)
-            remedy = f"lower generator_lr (now {config.generator_lr:g}) or repair_lr (now {config.repair_lr:g})"
+            remedy = lower(config, "generator_lr", "repair_lr")
             rows = optimise(net, clean, view, recipe, program, tag=tag, remedy=remedy)
             history.extend({"phase": tag, **row} for row in rows)
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bbfast._hashing import content_hash
+from bbfast.defenses._diverged import lower
 from bbfast.defenses.base import Defense, DefenseConfig, register_defense
 from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.mitigation._finetune import FinetuneConfig
@@ -177,7 +178,7 @@ class FST(Defense):
         if config.epochs:
             old = layer.weight.detach().clone()
             redraw(layer, view.generator("classifier"), config.reset_bias)
-            remedy = f"lower alpha (now {config.alpha:g})"
+            remedy = lower(config, "alpha", "lr")
             recipe = config.recipe(view, len(clean))
             program = Shift(name, old, config.alpha)
             history = optimise(model, clean, view, recipe, program, tag="tuning", remedy=remedy)

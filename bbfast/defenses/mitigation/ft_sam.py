@@ -12,7 +12,7 @@ from bbfast.defenses.mitigation._finetune import REFERENCE, FinetuneConfig, fine
 from bbfast.defenses.mitigation._sam import SharpnessAware
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.view import DefenderView
-from bbfast.errors import ConfigError, DivergedError
+from bbfast.errors import ConfigError
 
 if TYPE_CHECKING:
     from bbfast.training import Recipe
@@ -136,10 +136,9 @@ class FTSAM(Defense):
                 epochs=config.epochs,
                 lr=config.lr,
                 tag="fine-tuning",
+                slower=("lr", "rho"),
                 program=program,
             )
-        except DivergedError as error:
-            raise DivergedError(f"ft_sam: {error}; or lower rho (now {config.rho:g})") from error
         finally:
             program.release()
         return DefenseResult(kind=self.card.kinds[0], model=model, history=history, info={"rho": config.rho})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bbfast.data.imageset import ImageSet
 from bbfast.data.loader import BatchLoader
+from bbfast.defenses._diverged import lower
 from bbfast.defenses.base import Defense, DefenseConfig, register_defense
 from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.mitigation._finetune import batch_size_for
@@ -265,7 +266,7 @@ class IBAU(Defense):
             recipe,
             ImplicitUnlearning(config),
             tag="unlearning",
-            remedy=f"lower pert_lr (now {config.pert_lr:g})",
+            remedy=lower(config, "pert_lr", "lr"),
         )
         carriers = int(config.portion * min(recipe.batch_size, len(view.clean)))
         return DefenseResult(

@@ -87,7 +87,9 @@ class MCR(Defense):
         config: MCRConfig = self.config
         model, clean = view.model, view.clean
         far = copy.deepcopy(model)
-        rows = finetune(far, clean, view, config, epochs=config.ft_epochs, lr=config.ft_lr, tag="endpoint")
+        rows = finetune(
+            far, clean, view, config, epochs=config.ft_epochs, lr=config.ft_lr, tag="endpoint", slower=("ft_lr",)
+        )
         history = _of("endpoint", rows)
         curve = Curve(model, far, config.num_bends, config.curve)
         history += _of("curve", self._train(view, curve, clean))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bbfast._progress import bar
 from bbfast.data.loader import Batch, BatchLoader, derive_seed
+from bbfast.defenses._diverged import lower
 from bbfast.defenses.base import Defense, DefenseConfig, register_defense
 from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.mitigation._distances import Distances
@@ -339,9 +340,11 @@ class _Hardening:
         value = float(loss.detach())
         if not math.isfinite(value):
             self.model.eval()
+            step = batch.epoch * len(self.loader) + batch.step
             raise DivergedError(
-                f"moth: the training loss became {value} (lr {self.config.lr:g}, batch_size {self.config.batch_size}); "
-                "lower lr"
+                f"moth, hardening: the training loss became {value} in step {step} (the first {self.view.num_classes} "
+                "are the warm-up's)",
+                lower(self.config, "lr"),
             )
         self.sgd.zero_grad()
         loss.backward()

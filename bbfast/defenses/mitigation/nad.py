@@ -225,7 +225,16 @@ class NAD(Defense):
             taps = named_taps(model, config.layers, self.name)
         start = time.perf_counter()
         teacher = copy.deepcopy(model)
-        rows = finetune(teacher, clean, view, config, epochs=config.teacher_epochs, lr=config.teacher_lr, tag="teacher")
+        rows = finetune(
+            teacher,
+            clean,
+            view,
+            config,
+            epochs=config.teacher_epochs,
+            lr=config.teacher_lr,
+            tag="teacher",
+            slower=("teacher_lr",),
+        )
         history = [{"phase": "teacher", **row} for row in rows]
         taught = time.perf_counter() - start
         program = Distillation(teacher, taps, config)

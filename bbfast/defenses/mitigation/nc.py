@@ -168,6 +168,7 @@ class NC(Defense):
                 epochs=config.unlearn_epochs,
                 lr=config.unlearn_lr,
                 tag="unlearning",
+                slower=("unlearn_lr",),
                 program=program,
             )
         names = triggers.classes.tolist()

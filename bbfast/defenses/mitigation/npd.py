@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bbfast import models
 from bbfast.data.imageset import ImageSet
 from bbfast.data.normalize import denormalize, normalize
+from bbfast.defenses._diverged import lower
 from bbfast.defenses.base import Defense, DefenseConfig, register_defense
 from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.mitigation._finetune import batch_size_for
@@ -284,7 +285,6 @@ class NPD(Defense):
         for p in model.parameters():
             p.requires_grad_(False)
         models.add(model, "polarizer", layer=layer, channels=channels, structure=config.structure)
-        remedy = f"lower adv_lr (now {config.adv_lr:g})"
         history: list[dict[str, Any]] = []
         phases = (
             ("warmup", Warmup(layer), config.warmup_epochs, config.warmup_lr),
@@ -292,6 +292,7 @@ class NPD(Defense):
         )
         for tag, program, epochs, lr in phases:
             recipe = config.recipe(view, len(clean), epochs, lr)
+            remedy = lower(config, *(("warmup_lr",) if tag == "warmup" else ("adv_lr", "lr")))
             rows = optimise(model, clean, view, recipe, program, tag=tag, remedy=remedy, free=False)
             history += [{"phase": tag, **row} for row in rows]
         for p, flag in flags:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bbfast.data.imageset import ImageSet
 from bbfast.data.loader import Batch, BatchLoader
+from bbfast.defenses._diverged import lower, naming
 from bbfast.defenses.base import Defense, DefenseConfig, register_defense
 from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.mitigation._finetune import batch_size_for, trainable
@@ -22,7 +23,6 @@ from bbfast.defenses.mitigation._norms import NormKind, Norms
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.training._abl_programs import Ascent, AscentStopped
 from bbfast.defenses.view import DefenderView
-from bbfast.errors import DivergedError
 from bbfast.training.callbacks import EpochInfo
 from bbfast.training.device import choose_numerics
 
@@ -213,8 +213,9 @@ class RNP(Defense):
             eval_every=0,
         )
         stop = Forgotten(config.clean_threshold)
+        remedy = f"{lower(config, 'unlearn_lr')} or set clip_norm (now {config.clip_norm})"
         try:
-            with trainable(model):
+            with trainable(model), naming(self.name, f"gradient ascent on {len(images)} clean images", remedy):
                 done = train(
                     model,
                     images,
@@ -229,11 +230,6 @@ class RNP(Defense):
                 )
         except AscentStopped as forgotten:
             return forgotten.rows
-        except DivergedError as error:
-            raise DivergedError(
-                f"rnp: gradient ascent on {len(images)} clean images diverged ({error}); lower unlearn_lr (now "
-                f"{config.unlearn_lr}) or set clip_norm (now {config.clip_norm})"
-            ) from error
         return list(done.history)
 
     def _recover(self, view: DefenderView, norms: Norms, images: ImageSet) -> Learned:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bbfast._hashing import content_hash
 from bbfast.data.imageset import ImageSet
+from bbfast.defenses._diverged import lower
 from bbfast.defenses.base import Defense, DefenseConfig, register_defense
 from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.mitigation._finetune import batch_size_for, trainable
@@ -278,6 +279,6 @@ class SAU(Defense):
                 config.recipe(view, len(clean)),
                 SharedUnlearning(frozen, config),
                 tag="unlearning",
-                remedy=f"lower the third of lambdas (now {config.lambdas[2]:g})",
+                remedy=f"{lower(config, 'lr')} or the third of lambdas (now {config.lambdas[2]:g})",
             )
         return DefenseResult(kind=self.card.kinds[0], model=model, history=history)

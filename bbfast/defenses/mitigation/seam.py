@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bbfast.data.imageset import ImageSet
+from bbfast.defenses._diverged import lower
 from bbfast.defenses.base import Defense, DefenseConfig, register_defense
 from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.mitigation._optimise import float32_recipe, optimise
@@ -233,4 +234,4 @@ class SEAM(Defense):
     ) -> None:
         recipe = self.config.recipe(view, epochs)
         with contextlib.suppress(_Reached):
-            optimise(model, images, view, recipe, program, tag=tag, remedy=f"lower lr (now {self.config.lr:g})")
+            optimise(model, images, view, recipe, program, tag=tag, remedy=lower(self.config, "lr"))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import nn
 
+from bbfast.defenses._diverged import lower
 from bbfast.defenses.base import Defense, DefenseConfig, register_defense
 from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.mitigation._finetune import FinetuneConfig, batch_size_for
@@ -148,7 +149,7 @@ class SFT(Defense):
     def run(self, view: DefenderView) -> DefenseResult:
         config: SFTConfig = self.config
         model, clean = view.model, view.clean
-        remedy = f"lower lr_first (now {config.lr_first:g}; preset='low_rate' has 0.25)"
+        remedy = f"{lower(config, 'lr_first')}; preset='low_rate' has 0.25"
         recipe = config.recipe(view, len(clean))
         history = optimise(model, clean, view, recipe, Triangles(config), tag="fine-tuning", remedy=remedy)
         return DefenseResult(

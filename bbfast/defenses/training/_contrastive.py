@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from bbfast._hashing import content_hash
 from bbfast.data.imageset import ImageSet
+from bbfast.defenses._diverged import naming
 from bbfast.defenses.training._views import Views
 from bbfast.defenses.view import DefenderView
-from bbfast.errors import DivergedError, UnsupportedModelError
+from bbfast.errors import UnsupportedModelError
 from bbfast.models import features, roles
 from bbfast.training import Batch, Program, Recipe, TrainResult, train
 
@@ -248,7 +249,7 @@ def pretrain(
     Raises:
         DivergedError: if it does.
     """
-    try:
+    with naming(view.method, "contrast", remedy):
         return train(
             encoder,
             data,
@@ -260,5 +261,3 @@ def pretrain(
             progress=view.progress,
             description=f"{view.method} contrast",
         )
-    except DivergedError as error:
-        raise DivergedError(f"{view.method}: {error}; or {remedy}") from error

@@ -123,8 +123,7 @@ class MixMatch(Program):
         losses = self.losses(model)
         if not bool(losses.isfinite().all()):
             raise DivergedError(
-                f"the losses of {int((~losses.isfinite()).sum())} samples are NaN or infinite before epoch {epoch} of "
-                f"the semi-supervised training; lower lr (now {self.recipe.lr:g})"
+                f"the losses of {int((~losses.isfinite()).sum())} samples are NaN or infinite before epoch {epoch}"
             )
         labelled = lowest(losses, cfg.label_fraction)
         self._row = {"labelled_loss": float(losses[labelled].mean())}

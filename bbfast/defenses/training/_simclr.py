@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bbfast._hashing import content_hash
 from bbfast.data.imageset import ImageSet
+from bbfast.defenses._diverged import lower
 from bbfast.defenses.base import DefenseConfig
 from bbfast.defenses.training._contrastive import Encoder, Rate, SimClr, pretrain
 from bbfast.defenses.training._unlearn import sgd_recipe
@@ -72,8 +73,7 @@ def self_supervised(view: DefenderView, data: ImageSet, config: SimClrConfig) ->
     program = SimClr(Views(mirror=config.mirror), rate, config.temperature)
 
     def make(folder: Path) -> dict[str, Tensor]:
-        remedy = f"lower ssl_lr (now {config.ssl_lr:g})"
-        done = pretrain(view, encoder, unlabelled, recipe, program, folder, remedy)
+        done = pretrain(view, encoder, unlabelled, recipe, program, folder, lower(config, "ssl_lr"))
         columns = {name: [row[name] for row in done.history] for name in (done.history or [{}])[0]}
         rows = {f"{_ROW}{name}": _column(values) for name, values in columns.items()}
         return {**encoder.state_dict(), **rows}

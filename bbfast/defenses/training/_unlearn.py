@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from bbfast.data.imageset import ImageSet
+from bbfast.defenses._diverged import naming
 from bbfast.defenses.training._abl_programs import Ascent, AscentLimit, AscentStopped
 from bbfast.defenses.view import DefenderView
-from bbfast.errors import DivergedError
 from bbfast.training import Recipe, train
 
 __all__ = ["Unlearned", "ascend", "sgd_recipe"]
@@ -69,24 +69,21 @@ def ascend(
         DivergedError: if the loss stops being finite, which unbounded ascent can bring about.
     """
     limits = [] if ascent_stop is None else [AscentLimit(forgotten, ascent_stop, view.num_classes, view.device)]
+    remedy = f"end it in time with ascent_stop=10, or lower lr_unlearn (now {recipe.lr:g}) or unlearn_epochs"
     try:
-        done = train(
-            model,
-            forgotten,
-            recipe,
-            seed=view.seed,
-            device=view.device,
-            callbacks=limits,
-            program=Ascent(),
-            checkpoint=None if view.checkpoint is None else view.checkpoint / "unlearn",
-            progress=view.progress,
-            description=f"{method} unlearn",
-        )
-    except DivergedError as error:
-        raise DivergedError(
-            f"{method}: gradient ascent on {len(forgotten)} {what} samples diverged; end it in time with "
-            "ascent_stop=10, or lower lr_unlearn or unlearn_epochs"
-        ) from error
+        with naming(method, f"gradient ascent on {len(forgotten)} {what} samples", remedy):
+            done = train(
+                model,
+                forgotten,
+                recipe,
+                seed=view.seed,
+                device=view.device,
+                callbacks=limits,
+                program=Ascent(),
+                checkpoint=None if view.checkpoint is None else view.checkpoint / "unlearn",
+                progress=view.progress,
+                description=f"{method} unlearn",
+            )
     except AscentStopped as stop:
         return Unlearned(stop.rows, stop.epochs)
     return Unlearned(done.history, recipe.epochs)

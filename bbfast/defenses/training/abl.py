@@ -12,6 +12,7 @@ from torch import nn
 
 from bbfast.data.imageset import ImageSet
 from bbfast.defenses._content import content_order
+from bbfast.defenses._diverged import lower, naming
 from bbfast.defenses.base import Defense, DefenseConfig, register_defense
 from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.result import DefenseResult
@@ -216,17 +217,19 @@ class _Phases:
 
     def run(self, name: str, model: nn.Module, data: ImageSet, recipe: Recipe, program: Program | None) -> nn.Module:
         view, clock = self.view, time.perf_counter()
-        done = train(
-            model,
-            data,
-            recipe,
-            seed=view.seed,
-            device=view.device,
-            program=program,
-            checkpoint=None if view.checkpoint is None else view.checkpoint / name,
-            progress=view.progress,
-            description=f"abl {name}",
-        )
+        rate = "lr_tuning" if name == "isolation" else "lr_finetune"
+        with naming("abl", name, lower(self.cfg, rate)):
+            done = train(
+                model,
+                data,
+                recipe,
+                seed=view.seed,
+                device=view.device,
+                program=program,
+                checkpoint=None if view.checkpoint is None else view.checkpoint / name,
+                progress=view.progress,
+                description=f"abl {name}",
+            )
         self.note(name, done.history, time.perf_counter() - clock)
         return model
 

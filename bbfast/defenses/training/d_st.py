@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bbfast._hashing import content_hash
 from bbfast.data.imageset import ImageSet
 from bbfast.defenses._content import content_order
+from bbfast.defenses._diverged import lower, naming
 from bbfast.defenses._fct import FctConfig, check_fct, sensitivity
 from bbfast.defenses.base import Defense, register_defense
 from bbfast.defenses.card import DefenseCard
@@ -21,7 +22,6 @@ from bbfast.defenses.training._contrastive import Encoder, Rate, SupCon, classif
 from bbfast.defenses.training._unlearn import sgd_recipe
 from bbfast.defenses.training._views import Views
 from bbfast.defenses.view import DefenderView
-from bbfast.errors import DivergedError
 from bbfast.models import features
 from bbfast.training import Batch, Program, Recipe, train
 
@@ -147,7 +147,7 @@ class DST(Defense):
             base.replace(epochs=cfg.ssl_epochs, lr=cfg.ssl_lr),
             program,
             None if view.checkpoint is None else view.checkpoint / "contrast",
-            f"lower ssl_lr (now {cfg.ssl_lr:g})",
+            lower(cfg, "ssl_lr"),
         )
         seconds["contrast"] = time.perf_counter() - clock
         clock = time.perf_counter()
@@ -177,19 +177,18 @@ class DST(Defense):
         model.requires_grad_(False)
         last.requires_grad_(True)
         try:
-            done = train(
-                model,
-                data,
-                base.replace(epochs=cfg.cls_epochs, lr=cfg.cls_lr, batch_size=cfg.cls_batch),
-                seed=view.derive_seed("classifier"),
-                device=view.device,
-                program=program,
-                checkpoint=None if view.checkpoint is None else view.checkpoint / "classifier",
-                progress=view.progress,
-                description="d_st classifier",
-            )
-        except DivergedError as error:
-            raise DivergedError(f"d_st: {error}; or lower cls_lr (now {cfg.cls_lr:g})") from error
+            with naming("d_st", "classifier", lower(cfg, "cls_lr")):
+                done = train(
+                    model,
+                    data,
+                    base.replace(epochs=cfg.cls_epochs, lr=cfg.cls_lr, batch_size=cfg.cls_batch),
+                    seed=view.derive_seed("classifier"),
+                    device=view.device,
+                    program=program,
+                    checkpoint=None if view.checkpoint is None else view.checkpoint / "classifier",
+                    progress=view.progress,
+                    description="d_st classifier",
+                )
         finally:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 
 from bbfast.defenses._content import content_order
+from bbfast.defenses._diverged import lower, naming
 from bbfast.defenses.base import Defense, register_defense
 from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.result import DefenseResult
@@ -17,7 +18,7 @@ from bbfast.defenses.training._mixmatch import MixMatch, clock, lowest
 from bbfast.defenses.training._simclr import DIGITS_SIMCLR, SimClrConfig, self_supervised
 from bbfast.defenses.training._unlearn import sgd_recipe
 from bbfast.defenses.view import DefenderView
-from bbfast.errors import DataRequirementError, DivergedError
+from bbfast.errors import DataRequirementError
 from bbfast.training import train
 from bbfast.training.presets import dataset_key
 
@@ -139,7 +140,7 @@ class DBD(Defense):
         recipe = sgd_recipe(view, 2, 0.0).replace(
             epochs=cfg.semi_epochs, lr=cfg.lr, optimizer="adam", augment=False, compile=False
         )
-        try:
+        with naming("dbd", "semi-supervised", lower(cfg, "lr")):
             done = train(
                 model,
                 clock(cfg.semi_iters, data),
@@ -151,8 +152,6 @@ class DBD(Defense):
                 progress=view.progress,
                 description="dbd semi-supervised",
             )
-        except DivergedError as error:
-            raise DivergedError(f"dbd: {error}; or lower lr (now {cfg.lr:g})") from error
         losses = program.losses(model)
         scores, flags = torch.empty(len(data)), torch.empty(len(data), dtype=torch.bool)
         scores[order.cpu()], flags[order.cpu()] = losses.float(), ~lowest(losses, cfg.label_fraction)

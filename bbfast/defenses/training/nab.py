@@ -15,6 +15,7 @@ from bbfast._hashing import content_hash
 from bbfast.data.imageset import ImageSet
 from bbfast.data.loader import Batch
 from bbfast.defenses._content import content_order
+from bbfast.defenses._diverged import lower, naming
 from bbfast.defenses.base import Defense, register_defense
 from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.mitigation._finetune import batch_size_for
@@ -159,7 +160,7 @@ class NAB(Defense):
         cfg: NABConfig = self.config
         given = view.poisoned_train
         order = content_order(given.images, given.labels)
-        data, stages = given.subset(order), _Stages(view)
+        data, stages = given.subset(order), _Stages(view, cfg)
         n = len(data)
 
         losses = self._losses(view, data, stages)
@@ -295,24 +296,25 @@ def cut(x: Tensor) -> Tensor:
 class _Stages:
     """The trainings, with what they have in common."""
 
-    def __init__(self, view: DefenderView) -> None:
-        self._view = view
+    def __init__(self, view: DefenderView, config: NABConfig) -> None:
+        self._view, self._config = view, config
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
 
     def run(self, name: str, model: Any, data: ImageSet, recipe: Recipe, program: Program | None) -> None:
         view, clock = self._view, time.perf_counter()
-        done = train(
-            model,
-            data,
-            recipe,
-            seed=view.derive_seed(name),
-            device=view.device,
-            program=program,
-            checkpoint=None if view.checkpoint is None else view.checkpoint / name,
-            progress=view.progress,
-            description=f"nab {name}",
-        )
+        with naming("nab", name, lower(self._config, "detect_lr" if name == "detection" else "lr")):
+            done = train(
+                model,
+                data,
+                recipe,
+                seed=view.derive_seed(name),
+                device=view.device,
+                program=program,
+                checkpoint=None if view.checkpoint is None else view.checkpoint / name,
+                progress=view.progress,
+                description=f"nab {name}",
+            )
         self.note(name, done.history, time.perf_counter() - clock)
 
     def note(self, name: str, rows: list[dict[str, Any]], seconds: float) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bbfast.data.imageset import ImageSet
 from bbfast.data.loader import Batch
 from bbfast.data.normalize import normalize
+from bbfast.defenses._diverged import lower, naming
 from bbfast.defenses.base import Defense, DefenseConfig, register_defense
 from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.result import DefenseResult
@@ -119,17 +120,18 @@ class PDB(Defense):
             schedule="cosine",
             **({"precision": "fp32"} if config.amp == "off" else {}),
         )
-        done = train(
-            model,
-            data,
-            recipe,
-            seed=view.derive_seed("training"),
-            device=view.device,
-            program=_Stamping(value, side, len(poisoned)),
-            checkpoint=None if view.checkpoint is None else view.checkpoint / "training",
-            progress=view.progress,
-            description="pdb training",
-        )
+        with naming("pdb", "training", lower(config, "lr")):
+            done = train(
+                model,
+                data,
+                recipe,
+                seed=view.derive_seed("training"),
+                device=view.device,
+                program=_Stamping(value, side, len(poisoned)),
+                checkpoint=None if view.checkpoint is None else view.checkpoint / "training",
+                progress=view.progress,
+                description="pdb training",
+            )
         add(model, "stamp", value=tuple(value.flatten().tolist()), height=side, width=side, shift=config.shift)
         return DefenseResult(
             kind=self.card.kinds[0],
