@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import numbers
 import time
 from collections.abc import Hashable
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from bbfast._record import method_version, versions
 from bbfast.data.imageset import BackdoorSet, ImageSet
+from bbfast.defenses._applicable import check_model, check_outputs, training_set, warn_of_absent_classes
 from bbfast.defenses._benign import run_once, triggerless
 from bbfast.defenses._judge import judge
 from bbfast.defenses._measure import peak_memory
@@ -24,16 +23,15 @@ from bbfast.defenses.features import FeatureCache
 from bbfast.defenses.holdout import StreamTruth, draw_holdout, draw_reserve, make_stream, without_ids
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.view import DataFacts, DefenderView, Grants, Stream, private_copy
-from bbfast.errors import DataRequirementError, UnknownNameError, UnsupportedModelError
+from bbfast.errors import UnknownNameError
 from bbfast.store import Store
 
 if TYPE_CHECKING:
     from bbfast.attacks.result import AttackResult
     from bbfast.training import Recipe
 
-__all__ = ["Population", "build_view", "check_model", "check_seed", "defend", "resolve_attack", "run_and_judge"]
+__all__ = ["Population", "build_view", "check_seed", "defend", "resolve_attack", "run_and_judge"]
 
-_log = logging.getLogger(__name__)
 _SHARED = ".shared"
 """In a store, the store of what defenses make alike."""
 
@@ -103,8 +101,12 @@ def defend(
     Raises:
         ValueError: if ``clean_fraction`` lies outside ``(0, 1]`` or ``seed`` is negative.
         UnknownNameError: if there is no such defense.
-        DataRequirementError: if the attack does not provide what the defense needs, or too little of it.
-        UnsupportedModelError: if the defense cannot work on this model. Both are raised before any work.
+        DataRequirementError: if the attack does not provide what the defense needs, or too little of it: fewer clean
+            images than classes; a class of which the hold-out has none, if the method cannot do without (others go on,
+            with a warning in the log).
+        UnsupportedModelError: if the defense cannot work on this model, or it has another number of outputs than the
+            data have classes. Both are raised before any work.
+        DivergedError: if a loss stops being finite; the attack's model is left as it was.
     """
     from bbfast.evaluation import evaluate
     from bbfast.training.device import resolve_device
@@ -181,18 +183,20 @@ def build_view(
     card, facts = defense.card, _facts(attack)
     fraction = _check_fraction(card.clean_fraction if clean_fraction is None else clean_fraction)
     check_model(defense.name, card.needs, attack.model)
+    check_outputs(defense.name, card.needs, attack.model, facts.num_classes, attack.test[:1])
     held: dict[str, Any] = {}
     draws: dict[str, Hashable] = {}
     test, backdoor_test, whole = attack.test, attack.backdoor_test, True
     if "poisoned_train" in card.needs:
-        train = _training_set(defense, attack)
+        train = training_set(defense, attack)
         held["poisoned_train"] = _granted(train, facts, device)
         draws["poisoned_train"] = ()
     if "clean" in card.needs:
-        _training_set(defense, attack)
+        training_set(defense, attack)
         clean = attack.clean_train
         stratified = bool(getattr(defense.config, "stratified", False))
         index = draw_holdout(clean.labels, fraction, facts.num_classes, seed, stratified)
+        warn_of_absent_classes(defense.name, clean.labels[index], facts.num_classes)
         held["clean"] = _granted(clean.subset(index), facts, device)
         draws["clean"] = (fraction, seed, stratified)
     if "reserve" in card.needs:
@@ -311,49 +315,9 @@ def _config(defense: Defense, attack: AttackResult, view: DefenderView, clean_fr
         labels = view.clean.labels
         counts = torch.bincount(labels.cpu(), minlength=view.num_classes).tolist()
         config["clean"] = {"size": len(labels), "per_class": counts}
-        missing = [c for c, count in enumerate(counts) if not count]
-        if missing:
-            _log.warning("%s: the clean hold-out has no image of classes %s", defense.name, missing)
     if "reserve" in card.needs:
         config["reserve"] = {"size": len(view.reserve)}
     return config
-
-
-def check_model(method: str, needs: frozenset[str], model: nn.Module | None) -> None:
-    """Refuse a model without what the card of ``method`` names.
-
-    Raises:
-        DataRequirementError: if there is none, but it is needed.
-        UnsupportedModelError: if it lacks BatchNorm layers or the plan to build it anew.
-    """
-    if not needs & {"model", "batch_norm", "fresh_model"}:
-        return
-    if not isinstance(model, nn.Module):
-        raise DataRequirementError(
-            f"defense {method!r} needs the attacked model, which the attack result does not hold"
-        )
-    if "batch_norm" in needs and not any(isinstance(m, nn.BatchNorm2d) and m.affine for m in model.modules()):
-        reason = "it has no BatchNorm2d layer with weights"
-        hint = "choose a model with BatchNorm, such as preactresnet18 or vgg19_bn"
-        raise UnsupportedModelError(method, _model_name(model), reason, hint)
-    if "fresh_model" in needs and getattr(model, "bbfast_spec", None) is None:
-        reason = "it must be trained anew, but carries no plan to build it"
-        raise UnsupportedModelError(method, _model_name(model), reason, "build it with bbfast.models.build")
-
-
-def _training_set(defense: Defense, attack: AttackResult) -> ImageSet:
-    train = attack.train
-    if train is None or not len(train):
-        raise DataRequirementError(
-            f"defense {defense.name!r} is not applicable: it needs the training set, and this attack's result has none"
-        )
-    imported = attack.config.get("imported")
-    if "poisoned_train" in defense.card.needs and imported and not imported["poisoned_train"]:
-        raise DataRequirementError(
-            f"defense {defense.name!r} is not applicable: it needs the poisoned training set, and this imported result "
-            "has a clean one only"
-        )
-    return train
 
 
 def _check_fraction(fraction: object) -> float:
@@ -375,8 +339,3 @@ def resolve_attack(attack_result: AttackResult | str | Path) -> AttackResult:
     if not isinstance(attack_result, AttackResult):
         raise TypeError(f"attack_result must be an AttackResult or its folder, got {type(attack_result).__qualname__}")
     return attack_result
-
-
-def _model_name(model: nn.Module) -> str:
-    spec = getattr(model, "bbfast_spec", None)
-    return str(getattr(spec, "name", type(model).__name__))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bbfast.data.imageset import ImageSet
+from bbfast.defenses._applicable import check_model
 from bbfast.defenses.base import Defense, create
-from bbfast.defenses.run import check_model
 from bbfast.defenses.view import DataFacts, DefenderView, Grants, Stream
 from bbfast.errors import DataRequirementError, UnsupportedModelError
 from bbfast.training.prediction import evaluating
