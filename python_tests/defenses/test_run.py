@@ -54,7 +54,7 @@ def test_a_defense_that_does_nothing_scores_a_half(toy_attack: MakeAttack) -> No
     assert result.config["defense"] == "probe" and result.config["seed"] == 0
 
 
-@pytest.mark.parametrize(("name", "snapshot"), [("wanet", True), ("badnets", False)])
+@pytest.mark.parametrize(("name", "snapshot"), [("wanet", True), ("lira", True), ("badnets", False)])
 def test_a_training_set_that_changed_every_epoch_is_called_a_snapshot(name: str, snapshot: bool) -> None:
     g = torch.Generator().manual_seed(0)
     sets = [
