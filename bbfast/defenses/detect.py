@@ -15,7 +15,7 @@ from torch import Tensor
 from bbfast.defenses.base import Defense, create, find
 from bbfast.defenses.features import Reader, read_set
 from bbfast.defenses.result import DefenseResult
-from bbfast.defenses.run import Population, build_view, check_seed, resolve_attack, run_and_judge
+from bbfast.defenses.run import Population, build_view, check_run, check_seed, resolve_attack, run_and_judge
 from bbfast.defenses.view import DefenderView
 from bbfast.errors import DetectionError
 
@@ -79,7 +79,7 @@ def detect_all(
         view, population = build_view(
             method, attack, clean_fraction, seed, target, checkpoint=folder, progress=progress, recipe=recipe
         )
-        method.check(view)
+        check_run(method, attack, view)
         runs[method.name] = _Run(method, view, population)
     if not runs:
         raise ValueError("detectors must name at least one detector, got none")

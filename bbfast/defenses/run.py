@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from bbfast.attacks.result import AttackResult
     from bbfast.training import Recipe
 
-__all__ = ["Population", "build_view", "check_seed", "defend", "resolve_attack", "run_and_judge"]
+__all__ = ["Population", "build_view", "check_run", "check_seed", "defend", "resolve_attack", "run_and_judge"]
 
 _SHARED = ".shared"
 """In a store, the store of what defenses make alike."""
@@ -136,13 +136,20 @@ def defend(
         defense.evaluator = partial(
             evaluate, test=population.test, backdoor_test=population.backdoor_test, device=target
         )
-    defense.check(view)
+    check_run(defense, attack, view)
     result = run_and_judge(defense, attack, view, population, clean_fraction, store)
     if oracle:
         result.selection["oracle"] = True
     if cache is not None:
         cache.put(attack.model, population.draws, view.computed_features())
     return result
+
+
+def check_run(defense: Defense, attack: AttackResult, view: DefenderView) -> None:
+    """Refuse what would fail in the middle of the work. Raises as :func:`defend` does."""
+    defense.check(view)
+    # Last: a model of the user's own is run on an image for it, which the checks of a method never do.
+    check_outputs(defense.name, defense.card.needs, attack.model, view.num_classes, attack.test[:1])
 
 
 def run_and_judge(
@@ -183,7 +190,6 @@ def build_view(
     card, facts = defense.card, _facts(attack)
     fraction = _check_fraction(card.clean_fraction if clean_fraction is None else clean_fraction)
     check_model(defense.name, card.needs, attack.model)
-    check_outputs(defense.name, card.needs, attack.model, facts.num_classes, attack.test[:1])
     held: dict[str, Any] = {}
     draws: dict[str, Hashable] = {}
     test, backdoor_test, whole = attack.test, attack.backdoor_test, True
