@@ -12,7 +12,7 @@ from bbfast.bench.outcomes import write_whole
 from bbfast.errors import BBFastError
 from bbfast.store import Store
 
-__all__ = ["keep_grid", "kept_grids"]
+__all__ = ["grid_path", "keep_grid", "kept_grids"]
 
 
 def keep_grid(store: Store, grid: Grid) -> None:
@@ -21,10 +21,14 @@ def keep_grid(store: Store, grid: Grid) -> None:
     Raises:
         ArtifactError: if the store cannot be written to.
     """
-    content = grid.model_dump(mode="json")
-    path = _folder(store) / f"{sha256_json(content)[:16]}.json"
+    path = grid_path(store, grid)
     if not path.is_file():
-        write_whole(path, json.dumps(content, indent=1, sort_keys=True))
+        write_whole(path, json.dumps(grid.model_dump(mode="json"), indent=1, sort_keys=True))
+
+
+def grid_path(store: Store, grid: Grid) -> Path:
+    """Where a grid is, or would be, kept."""
+    return _folder(store) / f"{sha256_json(grid.model_dump(mode='json'))[:16]}.json"
 
 
 def kept_grids(store: Store) -> tuple[list[Grid], Mapping[str, str]]:

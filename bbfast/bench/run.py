@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bbfast._progress import bar
+from bbfast.bench.holders import running
 from bbfast.bench.kept import keep_grid
 from bbfast.bench.outcomes import Book, Outcome
 from bbfast.bench.plan import Plan, Task
@@ -74,7 +76,7 @@ def run_plan(
         KeyboardInterrupt: when interrupted; the workers are ended, their checkpoints stay.
     """
     book, clock = Book(store), time.monotonic()
-    try:
+    with contextlib.closing(pool), running(store):
         keep_grid(store, plan.grid)
         desk = _Desk(plan, sound(store, book.read_all(plan.tasks), verify), retry_failed)
         with bar(plan.grid.name, len(plan.tasks), progress, done=desk.over) as shown:
@@ -90,8 +92,6 @@ def run_plan(
                         say(_line(plan.tasks[key], outcome, desk))
                     shown.advance(desk.over - before)
                 shown.show({"running": len(desk.running), "failed": desk.count("failed")})
-    finally:
-        pool.close()
     return desk.summary(time.monotonic() - clock)
 
 

@@ -187,18 +187,25 @@ def register(app: typer.Typer) -> None:
     def gc(
         sources: Annotated[list[str], typer.Argument(metavar="GRID...", help="Grids whose results stay.")],
         store: StorePath = _RUNS,
+        only: Annotated[
+            bool, typer.Option("--only", help="Other grids that were run on the store do not count, and are forgotten.")
+        ] = False,
         yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
     ) -> None:
-        """Remove results that none of the grids refers to. Shows what would go, and asks."""
+        """Remove results that no grid refers to: those named, and those that were run on the store.
+
+        Shows what would go, and asks. Nothing is removed while a runner is at work on the store.
+        """
         from bbfast.bench import find_garbage, remove_garbage
         from bbfast.store import Store
 
-        found = find_garbage(Store(store.expanduser()), [_planned(source, []) for source in sources])
+        plans = [_planned(source, []) for source in sources]
+        found = find_garbage(Store(store.expanduser()), plans, kept=not only)
         for path in found.results:
             screen().print(f"  {path.name}", markup=False)
         screen().print(
             f"{len(found.results)} results, {len(found.outcomes)} notes and {len(found.quarantine)} damaged results, "
-            f"none of them of these grids: {found.size / 1e6:.1f} MB",
+            f"none of them of the grids {', '.join(found.grids)}: {found.size / 1e6:.1f} MB",
             markup=False,
             soft_wrap=True,
         )
