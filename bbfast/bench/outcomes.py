@@ -74,11 +74,13 @@ class Book:
         return {key: outcome for key, outcome in found if outcome is not None}
 
     def write(self, key: str, outcome: Outcome) -> None:
-        """Keep an outcome; the file appears whole.
+        """Keep an outcome; the file appears whole. Nothing but another result replaces one that is there.
 
         Raises:
             ArtifactError: if the store cannot be written to.
         """
+        if outcome.status != "done" and (noted := self.read(key)) is not None and noted.status == "done":
+            return
         text = json.dumps(dataclasses.asdict(outcome), sort_keys=True)
         write_whole(self._folder / f"{key}.json", text)
 

@@ -87,12 +87,19 @@ def run_plan(
                     break
                 for ended in pool.wait(_TICK):
                     before = desk.over
-                    for key, outcome in desk.take(ended).items():
+                    for key, outcome in desk.take(_standing(book, ended)).items():
                         book.write(key, outcome)
                         say(_line(plan.tasks[key], outcome, desk))
                     shown.advance(desk.over - before)
                 shown.show({"running": len(desk.running), "failed": desk.count("failed")})
     return desk.summary(time.monotonic() - clock)
+
+
+def _standing(book: Book, ended: Ended) -> Ended:
+    """What counts of a stage: the result that another runner has made meanwhile, before a failure of our own."""
+    if ended.outcome.status != "done" and (noted := book.read(ended.key)) is not None and noted.status == "done":
+        return Ended(ended.key, noted)
+    return ended
 
 
 class _Desk:

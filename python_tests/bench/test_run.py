@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import pytest
 
 from bbfast.bench import LocalPool, Plan, Pool, grid_rows, run_plan, to_csv
 from bbfast.bench.grid import Limits
-from bbfast.bench.outcomes import Book
+from bbfast.bench.outcomes import Book, Outcome, Status
 from bbfast.bench.run import Summary
+from bbfast.bench.work import Memory
 from bbfast.store import Store
 
 MakePlan = Callable[..., Plan]
@@ -116,6 +118,24 @@ def test_limits(plan: MakePlan, tmp_path: Path, work: Any, limits: Limits, reaso
 def test_a_damaged_attack_is_made_anew(plan: MakePlan, tmp_path: Path) -> None:
     done = go(plan(attacks=["badnets"]), tmp_path, bench_workers.rotten)
     assert (done.done, done.failed) == (3, 0) and (tmp_path / "verified").exists()
+
+
+@pytest.mark.parametrize("status", ["failed", "not_applicable", "damaged"])
+def test_a_failure_does_not_replace_what_another_runner_made(plan: MakePlan, tmp_path: Path, status: Status) -> None:
+    made, store, turns = plan(attacks=["badnets"]), Store(tmp_path), itertools.count()
+
+    def slower(task: Mapping[str, Any], root: str, memory: Memory) -> Outcome:
+        if next(turns) == 0:
+            go(made, tmp_path, bench_workers.Inline)
+        return Outcome(status, reason="DatasetError: not on this machine")
+
+    done = run_plan(made, store, bench_workers.Inline(tmp_path, slower), progress=False)
+    assert (done.done, done.failed, done.not_applicable, done.blocked) == (3, 0, 0, 0)
+    assert [row["status"] for row in grid_rows(made, store)] == ["done"] * 3
+    key = next(iter(made.tasks))
+    Book(store).write(key, Outcome(status))
+    noted = Book(store).read(key)
+    assert noted is not None and noted.status == "done"
 
 
 RUNNER = """
