@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bbfast import artifact
 from bbfast.errors import ArtifactError, BBFastError
@@ -16,6 +17,8 @@ from bbfast.store import Store
 
 __all__ = ["COLUMNS", "Index"]
 
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
 _VERSION = 2
 _TEXT = (
     "folder",
@@ -93,18 +96,23 @@ class Index:
         Returns:
             Folder to what is wrong with it, for results that cannot be read; they are left out.
         """
+        return self._sure(self._refresh)
+
+    def _refresh(self) -> dict[str, str]:
         known = dict(self._db.execute("SELECT folder, stamp FROM records"))
         present = {entry.path.name: entry for entry in self._store.list() if entry.stage in ("attack", "defense")}
         damaged: dict[str, str] = {}
         rows = []
-        for name, entry in present.items():
-            stamp = _stamp(entry.path)
-            if known.get(name) == stamp:
-                continue
+        for name, entry in list(present.items()):
             try:
-                rows.append((stamp, *_row(entry.path)))
-            except (BBFastError, KeyError, TypeError, ValueError) as error:
-                damaged[name] = str(error)
+                stamp = _stamp(entry.path)
+                if known.get(name) != stamp:
+                    rows.append((stamp, *_row(entry.path)))
+            except (BBFastError, OSError, KeyError, TypeError, ValueError) as error:
+                if artifact.exists(entry.path):
+                    damaged[name] = str(error)
+                else:
+                    del present[name]  # removed, or put aside, since it was listed
         gone = [(name,) for name in known if name not in present or name in damaged]
         try:
             with self._db:
@@ -134,22 +142,46 @@ class Index:
             values.extend(choices)
         query = f"SELECT {', '.join(COLUMNS)} FROM records" + (f" WHERE {' AND '.join(terms)}" if terms else "")
         query += " ORDER BY dataset, model, attack, ratio, seed, stage, defense, folder"
-        return [dict(zip(COLUMNS, row, strict=True)) for row in self._db.execute(query, values)]
+        found = self._sure(lambda: self._db.execute(query, values).fetchall(), self._refresh)
+        return [dict(zip(COLUMNS, row, strict=True)) for row in found]
 
     def by_folder(self, folders: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The rows of some folders; those that are not there are left out."""
         wanted = set(folders)
         return {row["folder"]: row for row in self.rows() if row["folder"] in wanted}
 
+    def _sure(self, step: Callable[[], T], first: Callable[[], object] = lambda: None) -> T:
+        """What ``step`` gives; if the file turns out to be damaged it is made anew, then ``first`` and ``step`` again."""
+        try:
+            return step()
+        except sqlite3.DatabaseError as error:
+            if not _is_damage(error):
+                raise
+            _log.warning("%s is damaged (%s); it is made anew from the folders", self._path, error)
+        with contextlib.suppress(sqlite3.Error):
+            self._db.close()
+        try:
+            self._db = self._anew()
+        except (sqlite3.OperationalError, OSError):
+            self._db = self._open(":memory:")
+        first()
+        return step()
+
     def _opened(self) -> sqlite3.Connection:
         try:
             return self._open(self._path)
-        except sqlite3.OperationalError:
-            raise
-        except sqlite3.DatabaseError:  # damaged, or of another version
-            for ending in ("", "-wal", "-shm"):
-                self._path.with_name(self._path.name + ending).unlink(missing_ok=True)
-            return self._open(self._path)
+        except _OtherVersion:
+            return self._anew()
+        except sqlite3.DatabaseError as error:
+            if not _is_damage(error):
+                raise
+            _log.warning("%s is damaged (%s); it is made anew from the folders", self._path, error)
+            return self._anew()
+
+    def _anew(self) -> sqlite3.Connection:
+        for ending in ("", "-wal", "-shm"):
+            self._path.with_name(self._path.name + ending).unlink(missing_ok=True)
+        return self._open(self._path)
 
     def _open(self, path: Path | str) -> sqlite3.Connection:
         db = sqlite3.connect(path, timeout=60)
@@ -157,13 +189,22 @@ class Index:
             db.execute("PRAGMA journal_mode=WAL")
         if db.execute("PRAGMA user_version").fetchone()[0] not in (0, _VERSION):
             db.close()
-            raise sqlite3.DatabaseError("another version")
+            raise _OtherVersion
         kinds = ", ".join([*(f"{name} TEXT" for name in _TEXT), *(f"{name} REAL" for name in _NUMBERS)])
         with db:
             db.execute(f"CREATE TABLE IF NOT EXISTS records (stamp TEXT, {kinds}, PRIMARY KEY (folder))")
             db.execute("CREATE INDEX IF NOT EXISTS place ON records (dataset, model, attack, ratio, seed, defense)")
             db.execute(f"PRAGMA user_version = {_VERSION}")
         return db
+
+
+class _OtherVersion(sqlite3.DatabaseError):
+    """The file is of another version of the table."""
+
+
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    # A file that is locked or may not be written is whole; text that is none is not.
+    return not isinstance(error, sqlite3.OperationalError) or "UTF-8" in str(error)
 
 
 def _stamp(folder: Path) -> str:

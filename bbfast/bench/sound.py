@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from bbfast import artifact
 from bbfast.bench.index import opened
 from bbfast.bench.outcomes import Outcome
 from bbfast.store import Store
@@ -28,5 +29,6 @@ def sound(store: Store, known: Mapping[str, Outcome], verify: bool = False) -> d
         return dict(known)
     with opened(store) as (_, damaged):
         suspects = {o.folder for o in known.values() if o.status == "done" and (verify or o.folder in damaged)}
-    broken = {folder for folder in sorted(suspects) if not store.check(store.root / folder)}
+    # One that is gone by now is no damage: another runner has put it aside.
+    broken = {f for f in sorted(suspects) if not artifact.exists(store.root / f) or not store.check(store.root / f)}
     return {key: outcome for key, outcome in known.items() if outcome.folder not in broken}
