@@ -151,7 +151,7 @@ class Index:
         return {row["folder"]: row for row in self.rows() if row["folder"] in wanted}
 
     def _sure(self, step: Callable[[], T], first: Callable[[], object] = lambda: None) -> T:
-        """What ``step`` gives; if the file turns out to be damaged it is made anew, then ``first`` and ``step`` again."""
+        """What ``step`` gives; a file that turns out to be damaged is made anew, then ``first`` and ``step`` again."""
         try:
             return step()
         except sqlite3.DatabaseError as error:
