@@ -113,7 +113,6 @@ class _Desk:
         self._order = {key: i for i, key in enumerate(plan.tasks)}
         self._ready: list[tuple[int, int, str]] = []
         self._offered: set[str] = set()
-        self._suspect: set[str] = set()
         self.running: set[str] = set()
         self._begun = 0
         for key, task in plan.tasks.items():
@@ -147,7 +146,7 @@ class _Desk:
     def order(self, task: Task) -> dict[str, Any]:
         """What the worker is given."""
         parent = None if task.parent is None else self._outcomes[task.parent].folder
-        return {"kind": task.kind, "spec": task.spec, "parent": parent, "verify": task.key in self._suspect}
+        return {"kind": task.kind, "spec": task.spec, "parent": parent}
 
     def take(self, ended: Ended) -> dict[str, Outcome]:
         """Note that a stage is over; the outcomes to be kept: none if it will be begun again, those of its defenses as
@@ -157,7 +156,6 @@ class _Desk:
         parent = self._plan.tasks[key].parent
         again = self._attempts[key] < _ATTEMPTS
         if outcome.status == "damaged" and parent is not None and again:
-            self._suspect.add(parent)
             if self._outcomes.pop(parent, None) is not None:
                 self._offer(parent)
             return {}
@@ -166,7 +164,6 @@ class _Desk:
             return {}
         if outcome.status == "damaged":
             outcome = dataclasses.replace(outcome, status="failed")
-        self._suspect.discard(key)
         over = {key: dataclasses.replace(outcome, attempts=self._attempts[key])}
         if outcome.status == "not_applicable":
             over |= {child: dataclasses.replace(outcome, seconds=0.0, attempts=0) for child in self._children[key]}

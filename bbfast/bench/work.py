@@ -59,11 +59,11 @@ class Memory:
 
 
 def perform(task: Mapping[str, Any], root: str, memory: Memory) -> Outcome:
-    """Do a stage, or find it done.
+    """Do a stage, or find it done: a result that is there is read whole first, and made anew if it is damaged.
 
     Args:
         task: ``kind`` and ``spec`` of a :class:`bbfast.bench.plan.Task`; for a defense ``parent``, the folder's name of
-            the attack's result; ``verify`` reads a result that is there instead of trusting it.
+            the attack's result.
         root: The store.
         memory: Of this worker.
 
@@ -100,7 +100,7 @@ def _attack(task: Mapping[str, Any], store: Store, memory: Memory) -> Outcome:
         return Outcome("not_applicable", reason=str(error))
     own = {"control": control, "seed": spec["seed"]}
     folder = attack_place(store, method, data, spec["model"], recipe, **own)
-    if task.get("verify") or not artifact.exists(folder):
+    if not _there(store, folder):
         attack_stage(store, method, data, spec["model"], recipe, **own, device=spec["device"], progress=False)
     return Outcome("done", folder=folder.name)
 
@@ -113,13 +113,18 @@ def _defense(task: Mapping[str, Any], store: Store, memory: Memory) -> Outcome:
     source = store.root / task["parent"]
     own = {"clean_fraction": spec["clean_fraction"], "seed": spec["seed"]}
     folder = defense_place(store, method, _config(source), **own)
-    if not artifact.exists(folder):
+    if not _there(store, folder):
         attacked, cache = memory.attack(source)
         try:
             defense_stage(store, method, attacked, **own, device=spec["device"], progress=False, cache=cache)
         except (DataRequirementError, UnsupportedModelError) as error:
             return Outcome("not_applicable", reason=str(error))
     return Outcome("done", folder=folder.name)
+
+
+def _there(store: Store, folder: Path) -> bool:
+    """Whether a result stands there whole; a damaged one is put aside."""
+    return artifact.exists(folder) and store.check(folder)
 
 
 def _planned(method: M, kind: str, spec: Mapping[str, Any]) -> M:

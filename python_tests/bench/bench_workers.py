@@ -102,8 +102,9 @@ def rotten(task: Mapping[str, Any], root: str, memory: Memory) -> Outcome:
     if task["kind"] == "defense" and not mark.exists():
         mark.touch()
         return Outcome("damaged", reason="a file is not what was written")
-    if task["verify"]:
-        (Path(root) / "verified").touch()
+    if task["kind"] == "attack":
+        with (Path(root) / "attacks").open("a") as file:
+            file.write("x")
     return made(task, root)
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from bench_workers import Inline
 
 import bbfast
 from bbfast import Recipe, attacks, datasets
 from bbfast._version import commit
-from bbfast.bench import Index, LocalPool, Plan, grid_rows, run_plan
+from bbfast.bench import Index, LocalPool, Plan, grid_rows, run_plan, to_csv
 from bbfast.bench.outcomes import Outcome
 from bbfast.bench.stages import attack_stage
 from bbfast.bench.work import Memory, perform
@@ -46,6 +47,22 @@ def test_a_grid_finds_what_the_commands_made_and_the_other_way_round(plan: MakeP
             assert (row["device"], row["torch"], row["bbfast"]) == ("cpu", torch.__version__, bbfast.__version__)
             assert (row["commit_id"], row["protocol"], row["version"]) == (commit(), PROTOCOL_VERSION, 1)
             assert row["seed"] == 0 and row["seconds"] > 0 and row["created"]
+
+
+@pytest.mark.parametrize("stage", ["attack-badnets", "defense-clp"])
+def test_what_is_found_without_a_note_is_read_before_it_counts(plan: MakePlan, tmp_path: Path, stage: str) -> None:
+    made, store = plan(**{**QUICK, "defenses": ["none", "clp"], "recipe": {"epochs": 0}}, device="cpu"), Store(tmp_path)
+    run_plan(made, store, Inline(tmp_path, perform), progress=False)
+    first = to_csv(grid_rows(made, store))
+    (figures,) = tmp_path.glob(f"{stage}-*/metrics.json")
+    content = figures.read_bytes()
+    figures.write_bytes(content[:-5] + bytes([content[-5] ^ 4]) + content[-4:])
+    for note in (tmp_path / ".bench").glob("*.json"):
+        note.unlink()
+    done = run_plan(made, store, Inline(tmp_path, perform), progress=False)
+    assert (done.done, done.failed, done.begun) == (2, 0, 2)
+    assert to_csv(grid_rows(made, store)) == first
+    assert [path.name.split(".")[0] for path in (tmp_path / ".quarantine").iterdir()] == [figures.parent.name]
 
 
 def test_what_only_the_data_can_tell_is_not_applicable(plan: MakePlan, tmp_path: Path) -> None:
