@@ -7,16 +7,16 @@ import dataclasses
 import json
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from bbfast.errors import ArtifactError
 from bbfast.store import Store
 
-__all__ = ["Book", "Outcome", "Status", "write_whole"]
+__all__ = ["Book", "Outcome", "Sourced", "Status", "write_whole"]
 
-Status = Literal["done", "failed", "not_applicable", "damaged"]
+Status = Literal["done", "failed", "not_applicable", "damaged", "full"]
 _KEPT = ("done", "failed", "not_applicable")
 
 
@@ -26,13 +26,16 @@ class Outcome:
 
     Args:
         status: ``done``; ``failed``; ``not_applicable``: refused before any work, for a reason that stays; ``damaged``:
-            what it builds on cannot be read (never kept: the runner makes that anew).
+            what it builds on cannot be read (never kept: the runner makes that anew); ``full``: a disk has no space
+            left (never kept: the run stops).
         folder: Name of the result's folder in the store, if done.
         reason: One line, if not.
         traceback: Where it failed.
         seconds: Wall-clock time of the stage in its process.
         peak_memory: Highest resident memory of its process, bytes; 0 if not known.
         attempts: How often it was begun.
+        source: What the files behind it were when it was planned (:attr:`bbfast.bench.plan.Task.source`); None if that
+            was not noted.
     """
 
     status: Status
@@ -42,6 +45,15 @@ class Outcome:
     seconds: float = 0.0
     peak_memory: int = 0
     attempts: int = 1
+    source: str | None = None
+
+
+class Sourced(Protocol):
+    """A stage, as far as its outcome need know it."""
+
+    @property
+    def source(self) -> str:
+        """What the files behind it are now; empty if there are none, or not here."""
 
 
 class Book:
@@ -55,8 +67,9 @@ class Book:
         self._store = store
         self._folder = store.root / ".bench"
 
-    def read(self, key: str) -> Outcome | None:
-        """The outcome of a stage; None if there is none, it cannot be read, or its result is gone."""
+    def read(self, key: str, source: str = "") -> Outcome | None:
+        """The outcome of a stage; None if there is none, it cannot be read, its result is gone, or the files behind it
+        were others than ``source`` says (empty takes any)."""
         try:
             found = json.loads((self._folder / f"{key}.json").read_text(encoding="utf-8"))
             outcome = Outcome(**found)
@@ -66,11 +79,13 @@ class Book:
             return None
         if outcome.status == "done" and not (self._store.root / outcome.folder / "manifest.json").is_file():
             return None
+        if source and outcome.source not in (source, None):
+            return None
         return outcome
 
-    def read_all(self, keys: Iterable[str]) -> dict[str, Outcome]:
-        """The outcomes that there are."""
-        found = ((key, self.read(key)) for key in keys)
+    def read_all(self, stages: Mapping[str, Sourced]) -> dict[str, Outcome]:
+        """The outcomes that there are of stages by key, and that are of the files that are there now."""
+        found = ((key, self.read(key, stage.source)) for key, stage in stages.items())
         return {key: outcome for key, outcome in found if outcome is not None}
 
     def write(self, key: str, outcome: Outcome) -> None:
@@ -79,7 +94,8 @@ class Book:
         Raises:
             ArtifactError: if the store cannot be written to.
         """
-        if outcome.status != "done" and (noted := self.read(key)) is not None and noted.status == "done":
+        noted = None if outcome.status == "done" else self.read(key, outcome.source or "")
+        if noted is not None and noted.status == "done":
             return
         text = json.dumps(dataclasses.asdict(outcome), sort_keys=True)
         write_whole(self._folder / f"{key}.json", text)

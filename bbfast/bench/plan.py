@@ -10,6 +10,7 @@ from typing import Any
 from bbfast._record import method_version
 from bbfast.bench.facts import Facts, refused
 from bbfast.bench.grid import NO_DEFENSE, DataEntry, Entry, Grid
+from bbfast.bench.sources import attack_source, both, data_source
 from bbfast.store import Store
 
 __all__ = ["Cell", "Plan", "Task", "make_plan"]
@@ -44,12 +45,15 @@ class Task:
         kind: ``attack`` or ``defense``.
         spec: What is to be done, plain JSON values.
         parent: Key of the attack that a defense needs.
+        source: What the files of its data and its attack are now; empty if there are none, or not here. No part of the
+            key, which is the same where the files are not.
     """
 
     key: str
     kind: str
     spec: Mapping[str, Any]
     parent: str | None = None
+    source: str = ""
 
     @property
     def method(self) -> str:
@@ -90,7 +94,8 @@ class Plan:
 
 
 def make_plan(grid: Grid) -> Plan:
-    """Every cell of ``grid`` with the stage that makes it. Nothing is trained; no data is read but the embedded sets.
+    """Every cell of ``grid`` with the stage that makes it. Nothing is trained; no data is read but the embedded sets
+    and those that nothing but their files describes; of the others' files names, sizes and times are looked at.
 
     A cell is not applicable if the attack cannot poison that share of its classes, the model cannot be built for the
     images, or the defense refuses the model (:func:`bbfast.defenses.refusal`). What only the data can tell is found
@@ -102,8 +107,9 @@ def make_plan(grid: Grid) -> Plan:
 
 
 def _cells(grid: Grid, tasks: dict[str, Task]) -> Iterator[Cell]:
+    files = {a.label: attack_source(a) for a in grid.attacks}
     for data in grid.datasets:
-        facts = Facts(data)
+        facts, here = Facts(data), data_source(data)
         unfit = {(a.label, ratio): facts.unfit(a, ratio) for a in grid.attacks for ratio in grid.ratios}
         for model in grid.models:
             network = facts.network(model)
@@ -115,6 +121,7 @@ def _cells(grid: Grid, tasks: dict[str, Task]) -> Iterator[Cell]:
                         where = (data.label, model, attack.label, ratio, seed)
                         first = None if reason else _attack_task(grid, data, model, attack, ratio, seed)
                         if first is not None:
+                            first = dataclasses.replace(first, source=both(here, files[attack.label]))
                             tasks[first.key] = first
                         for defense in grid.defenses:
                             yield _cell(grid, where, first, reason, defense, refusals[defense.label], tasks)
@@ -172,4 +179,4 @@ def _defense_task(grid: Grid, attack: Task, defense: Entry) -> Task:
         "seed": attack.spec["seed"],
     }
     key = Store.key("defense_task", {"attack": attack.key, **spec})
-    return Task(key, "defense", {**attack.spec, **spec}, attack.key)
+    return Task(key, "defense", {**attack.spec, **spec}, attack.key, attack.source)

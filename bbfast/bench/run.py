@@ -17,6 +17,7 @@ from bbfast.bench.outcomes import Book, Outcome
 from bbfast.bench.plan import Plan, Task
 from bbfast.bench.pool import Ended, Pool
 from bbfast.bench.sound import sound
+from bbfast.errors import ArtifactError
 from bbfast.store import Store
 
 __all__ = ["Summary", "run_plan"]
@@ -72,7 +73,8 @@ def run_plan(
         say: Called with a line for each stage that is over, where no bar is shown.
 
     Raises:
-        ArtifactError: if the store cannot be written to, or holds a result of a newer bbfast.
+        ArtifactError: if the store cannot be written to, holds a result of a newer bbfast, or a worker's disk is full:
+            the stages that found it so are not noted, and the same call goes on when there is space.
         KeyboardInterrupt: when interrupted; the workers are ended, their checkpoints stay.
     """
     book, clock = Book(store), time.monotonic()
@@ -85,20 +87,28 @@ def run_plan(
                     pool.submit(task.key, desk.order(task))
                 if not desk.running:
                     break
+                full = ""
                 for ended in pool.wait(_TICK):
+                    if ended.outcome.status == "full":
+                        full = ended.outcome.reason  # what has ended beside it is noted first
+                        continue
                     before = desk.over
-                    for key, outcome in desk.take(_standing(book, ended)).items():
+                    for key, outcome in desk.take(_standing(book, ended, plan.tasks[ended.key])).items():
                         book.write(key, outcome)
                         say(_line(plan.tasks[key], outcome, desk))
                     shown.advance(desk.over - before)
+                if full:
+                    raise ArtifactError(f"{full}; free some space, and the same command goes on")
                 shown.show({"running": len(desk.running), "failed": desk.count("failed")})
     return desk.summary(time.monotonic() - clock)
 
 
-def _standing(book: Book, ended: Ended) -> Ended:
+def _standing(book: Book, ended: Ended, task: Task) -> Ended:
     """What counts of a stage: the result that another runner has made meanwhile, before a failure of our own."""
-    if ended.outcome.status != "done" and (noted := book.read(ended.key)) is not None and noted.status == "done":
-        return Ended(ended.key, noted)
+    if ended.outcome.status != "done":
+        noted = book.read(ended.key, task.source)
+        if noted is not None and noted.status == "done":
+            return Ended(ended.key, noted)
     return ended
 
 
@@ -164,6 +174,7 @@ class _Desk:
             return {}
         if outcome.status == "damaged":
             outcome = dataclasses.replace(outcome, status="failed")
+        outcome = dataclasses.replace(outcome, source=self._plan.tasks[key].source)
         over = {key: dataclasses.replace(outcome, attempts=self._attempts[key])}
         if outcome.status == "not_applicable":
             over |= {child: dataclasses.replace(outcome, seconds=0.0, attempts=0) for child in self._children[key]}
