@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from safetensors import SafetensorError
 
 from bbfast import artifact
 from bbfast._hashing import canonical_json
@@ -27,8 +30,9 @@ if TYPE_CHECKING:
     from bbfast.data import DataPair
     from bbfast.defenses import Defense, FeatureCache
 
-__all__ = ["Memory", "perform"]
+__all__ = ["Memory", "failure", "perform"]
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 M = TypeVar("M", "Attack", "Defense")
 
 
@@ -73,13 +77,31 @@ def perform(task: Mapping[str, Any], root: str, memory: Memory) -> Outcome:
     try:
         step = _attack if task["kind"] == "attack" else _defense
         return step(task, Store(root), memory)
-    except CorruptArtifactError as error:
-        return Outcome("damaged", reason=str(error))
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        if isinstance(error, DatasetError):
-            reason += f" (worker on {socket.gethostname()})"  # other machines may have it
-        return Outcome("failed", reason=reason, traceback=traceback.format_exc())
+        return failure(error)
+
+
+def failure(error: Exception) -> Outcome:
+    """The outcome of a stage that raised ``error``."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if _disk_is_full(error):
+        return Outcome("full", reason=f"{reason} (worker on {socket.gethostname()})")
+    if isinstance(error, CorruptArtifactError):
+        return Outcome("damaged", reason=str(error))
+    if isinstance(error, DatasetError):
+        reason += f" (worker on {socket.gethostname()})"  # other machines may have it
+    return Outcome("failed", reason=reason, traceback="".join(traceback.format_exception(error)))
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether the error, or one that it came of, says so; safetensors does in words alone."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if isinstance(error, SafetensorError) and any(f"os error {code})" in str(error) for code in _FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _attack(task: Mapping[str, Any], store: Store, memory: Memory) -> Outcome:

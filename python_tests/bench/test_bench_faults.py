@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import socket
@@ -17,7 +18,7 @@ import pytest
 
 from bbfast.bench import LocalPool, Plan, grid_rows, run_plan, to_csv
 from bbfast.bench.outcomes import Outcome
-from bbfast.bench.work import Memory, perform
+from bbfast.bench.work import Memory, failure, perform
 from bbfast.errors import ArtifactError, NewerFormatError
 from bbfast.store import Store
 
@@ -31,21 +32,41 @@ def test_a_full_disk(plan: MakePlan, small_disk: Path, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space"):
         ballast.write_bytes(b"x" * (2 << 20))
     size = ballast.stat().st_size
-    ballast.write_bytes(b"x" * (size - 60_000))  # room for a few results
-    with pytest.raises(ArtifactError, match="No space left"):
-        run_plan(made, Store(root), LocalPool(root, 1, threads=1, work=bench_workers.quick), progress=False)
-        # A stage that found the disk full has failed, and says so; what is then to be noted is the runner's error.
-        failed = [row for row in grid_rows(made, Store(root)) if row["status"] == "failed"]
-        assert failed and all("No space left" in row["reason"] for row in failed)
-        raise ArtifactError(failed[0]["reason"])
+    ballast.write_bytes(b"x" * (size - 200_000))  # room for a few results
+    with pytest.raises(ArtifactError, match=r"No space left.*free some space, and the same command goes on"):
+        pool = LocalPool(root, 1, threads=1, work=bench_workers.careful)
+        run_plan(made, Store(root), pool, progress=False)
     ballast.unlink()
-    done = run_plan(
-        made, Store(root), LocalPool(root, 1, threads=1, work=bench_workers.quick), progress=False, retry_failed=True
-    )
-    assert (done.done, done.failed) == (12, 0)
+    # What was made before is whole, and nothing has failed: the same call goes on.
+    statuses = [row["status"] for row in grid_rows(made, Store(root))]
+    ready = statuses.count("done")
+    assert ready >= 2 and statuses.count("missing") == 12 - ready > 0
+    assert all(Store(root).check(entry.path) for entry in Store(root).list())
+    done = run_plan(made, Store(root), bench_workers.Inline(root), progress=False)
+    assert (done.done, done.failed, done.begun) == (12, 0, 12 - ready)
     calm = tmp_path / "calm"
     run_plan(made, Store(calm), bench_workers.Inline(calm), progress=False)
     assert to_csv(grid_rows(made, Store(root))) == to_csv(grid_rows(made, Store(calm)))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_anywhere_in_a_stage(plan: MakePlan, tmp_path: Path, code: int) -> None:
+    """Also below another error, as an artefact's and a data set's are."""
+    made, root, begun = plan(), tmp_path / "store", itertools.count()
+
+    def work(task: Mapping[str, Any], root: str, memory: Memory) -> Outcome:
+        next(begun)
+        try:
+            try:
+                raise OSError(code, "No space left", "/elsewhere/x")
+            except OSError as error:
+                raise ArtifactError("cannot write") from error
+        except ArtifactError as error:
+            return failure(error)
+
+    with pytest.raises(ArtifactError, match=r"cannot write.* free some space"):
+        run_plan(made, Store(root), bench_workers.Inline(root, work), progress=False)
+    assert next(begun) == 1 and {row["status"] for row in grid_rows(made, Store(root))} == {"missing"}
 
 
 def test_a_clock_that_is_set_back(plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
