@@ -12,9 +12,21 @@ from pathlib import Path
 
 from bbfast.errors import ArtifactError
 
-__all__ = ["file_lock"]
+__all__ = ["file_lock", "waits_told"]
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
+_listeners: list[Callable[[bool], object]] = []
+
+
+@contextlib.contextmanager
+def waits_told(listener: Callable[[bool], object]) -> Iterator[None]:
+    """During the block ``listener(True)`` is called when this process begins to wait for any lock, ``listener(False)``
+    when it no longer does: that time is another's work."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 @contextlib.contextmanager
@@ -46,7 +58,18 @@ def file_lock(
 
 
 def _acquire(path: Path, what: str, timeout: float | None, on_wait: Callable[[float], None] | None) -> int:
-    start, pause = time.monotonic(), _FIRST_PAUSE
+    with contextlib.ExitStack() as waiting:
+        return _acquired(path, what, timeout, on_wait, waiting)
+
+
+def _acquired(
+    path: Path,
+    what: str,
+    timeout: float | None,
+    on_wait: Callable[[float], None] | None,
+    waiting: contextlib.ExitStack,
+) -> int:
+    start, pause, told = time.monotonic(), _FIRST_PAUSE, False
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +92,11 @@ def _acquire(path: Path, what: str, timeout: float | None, on_wait: Callable[[fl
             raise ArtifactError(
                 f"{what} is being made by {holder} (lock {path}), still so after {waited:.0f} s; wait for it or stop it"
             )
+        if not told:
+            told = True
+            for listener in _listeners:
+                waiting.callback(listener, False)
+                listener(True)
         if on_wait is not None:
             on_wait(waited)
         time.sleep(pause if timeout is None else min(pause, max(timeout - waited, 0.001)))

@@ -10,18 +10,19 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
+from bbfast._lock import waits_told
 from bbfast.bench.grid import Limits
 from bbfast.bench.outcomes import Outcome
+from bbfast.bench.watch import Clock, resident, too_much
 from bbfast.bench.work import Memory, perform
 
-__all__ = ["Ended", "LocalPool", "Pool", "Watch", "Work", "ended_reason"]
+__all__ = ["Ended", "LocalPool", "Pool", "Work"]
 
 Work = Callable[[Mapping[str, Any], str, Memory], Outcome]
 """What a worker does with a stage; :func:`bbfast.bench.work.perform` unless a test says otherwise."""
@@ -141,7 +142,8 @@ class LocalPool:
     def _start(self, i: int) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(theirs, os.getpid(), *self._arguments[i]), daemon=True)
-        process.start()
+        with _no_interrupts():
+            process.start()
         theirs.close()
         worker = _Worker(process, ours)
         self._workers[i] = worker
@@ -155,14 +157,17 @@ class LocalPool:
         with contextlib.suppress(EOFError, OSError):
             while worker.pipe.poll():
                 said = worker.pipe.recv()
-                if said is not None:
+                if said is None:
+                    worker.clock.start()  # it has the stage; before that it may have been starting
+                elif isinstance(said, bool):
+                    worker.clock.waits(said)
+                else:
                     outcome, worker.last = said
                     return worker.finish(outcome)
-                worker.start_clock()
-        spent, memory = worker.spent(), _resident(worker.process.pid)
+        spent, memory = worker.clock.spent(), resident(worker.process.pid)
         worker.peak = max(worker.peak, memory)
         self._largest = max(self._largest, memory)
-        reason, lost = _too_much(spent, memory, self._limits.seconds, self._limits.memory_gib), False
+        reason, lost = too_much(spent, memory, self._limits.seconds, self._limits.memory_gib), False
         if not worker.process.is_alive():
             reason, lost = f"its worker ended with {_exit(worker.process.exitcode)}", True
         if not reason:
@@ -180,25 +185,18 @@ class _Worker:
         self.key: str | None = None
         self.last: str | None = None
         self.peak = 0
-        self._began: float | None = None
+        self.clock = Clock()
 
     def begin(self, key: str, task: Mapping[str, Any]) -> None:
-        self.key, self._began, self.peak = key, None, 0
+        self.key, self.clock, self.peak = key, Clock(), 0
         with contextlib.suppress(OSError):  # it has just died: the next look says so
             self.pipe.send(dict(task))
-
-    def start_clock(self) -> None:
-        """The process has the stage; before that it may have been starting."""
-        self._began = time.monotonic()
-
-    def spent(self) -> float:
-        return 0.0 if self._began is None else time.monotonic() - self._began
 
     def finish(self, outcome: Outcome) -> Ended:
         assert self.key is not None
         key, self.key = self.key, None
         peak = max(self.peak, outcome.peak_memory)
-        return Ended(key, dataclasses.replace(outcome, seconds=self.spent(), peak_memory=peak))
+        return Ended(key, dataclasses.replace(outcome, seconds=self.clock.spent(), peak_memory=peak))
 
     def end(self) -> None:
         self.process.kill()
@@ -206,73 +204,20 @@ class _Worker:
         self.pipe.close()
 
 
-class Watch:
-    """Ends its own process when a stage takes more than it may, where the runner cannot see it; a context manager.
-
-    The reason is left beside the outcomes (:func:`ended_reason`), since a dead process tells none.
-
-    Args:
-        root: The store.
-        key: Of the stage.
-        memory_gib: Limit of resident memory; None is none.
-        seconds: Limit of wall-clock time; None is none.
-    """
-
-    def __init__(self, root: str, key: str, memory_gib: float | None = None, seconds: float | None = None) -> None:
-        self._note = _note(root, key)
-        self._memory, self._seconds = memory_gib, seconds
-        self._peak, self._began = 0, time.monotonic()
-        self._over = threading.Event()
-
-    def __enter__(self) -> Watch:
-        self._note.unlink(missing_ok=True)
-        self._began = time.monotonic()
-        threading.Thread(target=self._look, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-
-    def measured(self, outcome: Outcome) -> Outcome:
-        """The outcome with what the stage took."""
-        peak = max(self._peak, _resident(os.getpid()))
-        return dataclasses.replace(outcome, seconds=time.monotonic() - self._began, peak_memory=peak)
-
-    def _look(self) -> None:
-        while not self._over.wait(_POLL):
-            spent, memory = time.monotonic() - self._began, _resident(os.getpid())
-            self._peak = max(self._peak, memory)
-            reason = _too_much(spent, memory, self._seconds, self._memory)
-            if reason:
-                with contextlib.suppress(OSError):
-                    self._note.parent.mkdir(parents=True, exist_ok=True)
-                    self._note.write_text(reason, encoding="utf-8")
-                os._exit(1)
-
-
-def ended_reason(root: str, key: str) -> str | None:
-    """Why a :class:`Watch` ended the process of a stage; None if it did not."""
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """What is started in the block never hears Ctrl-C, not even while it imports; here it is heard after the block."""
+    # The helper that multiprocessing starts with the first process would open the signal again: it is started before.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return _note(root, key).read_text(encoding="utf-8")
-    except OSError:
-        return None
-
-
-def _note(root: str, key: str) -> Path:
-    return Path(root) / ".bench" / f"{key}.ended"
-
-
-def _too_much(spent: float, memory: int, seconds: float | None, memory_gib: float | None) -> str:
-    """Why a stage is to be ended; empty if it is not."""
-    if seconds is not None and spent > seconds:
-        return f"ended after {spent:.0f} s: the limit is {seconds:g} s"
-    if memory_gib is not None and memory > memory_gib * 2**30:
-        return f"ended at {memory / 2**30:.2f} GiB of memory: the limit is {memory_gib:g} GiB"
-    return ""
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(pipe: Connection, runner: int, root: str, threads: int, device: str | None, work: Work) -> None:
-    """A worker's life: take a stage, do it, say how it ended."""
+    """A worker's life: take a stage, do it, say when it begins, waits for others, and how it ended."""
     # Ctrl-C reaches every process of a terminal; what becomes of the workers is the runner's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with(runner)
@@ -280,7 +225,7 @@ def _serve(pipe: Connection, runner: int, root: str, threads: int, device: str |
 
     torch.set_num_threads(threads)
     memory = Memory()
-    with contextlib.suppress(EOFError, OSError):
+    with contextlib.suppress(EOFError, OSError), waits_told(pipe.send):
         while True:
             task = pipe.recv()
             pipe.send(None)
@@ -297,15 +242,6 @@ def _die_with(runner: int) -> None:
             ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != runner:
             os._exit(1)
-
-
-def _resident(pid: int | None) -> int:
-    """Resident memory of a process in bytes; 0 where it cannot be known."""
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _available() -> float:

@@ -9,7 +9,8 @@ from typing import Any
 
 from bbfast.bench.grid import Limits
 from bbfast.bench.outcomes import Outcome
-from bbfast.bench.pool import Ended, Watch, Work, ended_reason
+from bbfast.bench.pool import Ended, Work
+from bbfast.bench.watch import Watch, ended_reason, forget_ended
 from bbfast.bench.work import Memory, perform
 from bbfast.errors import MissingExtraError
 
@@ -25,7 +26,7 @@ class RayPool:
     Args:
         root: The store.
         workers: Number of actors; None is what the cluster's CPUs, or GPUs, allow.
-        limits: What one stage may use. Memory is watched by the actor itself.
+        limits: What one stage may use, watched by the actor itself.
         gpus: GPUs of each actor; a fraction lets several share one.
         cpus: CPUs of each actor.
         address: Of the cluster; None is the one that ``RAY_ADDRESS`` names, or a new one on this machine.
@@ -68,24 +69,16 @@ class RayPool:
         return self._slots - len(self._busy)
 
     def submit(self, key: str, task: Mapping[str, Any]) -> None:
+        forget_ended(self._root, key)
         near = task.get("parent")
         self._idle.sort(key=lambda each: each[1] == near)
-        actor = self._idle.pop()[0] if self._idle else self._actor.remote(self._threads, self._limits.memory_gib)
+        actor = self._idle.pop()[0] if self._idle else self._actor.remote(self._threads, self._limits)
         call = actor.perform.remote(self._work, key, dict(task), self._root)
         self._busy[call] = _Job(key, actor, near)
 
     def wait(self, timeout: float) -> Sequence[Ended]:
         ready, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=timeout)
-        ended = [self._take(call) for call in ready]
-        if self._limits.seconds is not None:
-            for call, job in list(self._busy.items()):
-                spent = time.monotonic() - job.began
-                if spent > self._limits.seconds and not self._ray.wait([call], timeout=0)[0]:
-                    del self._busy[call]
-                    self._ray.kill(job.actor)
-                    reason = f"ended after {spent:.0f} s: the limit is {self._limits.seconds:g} s"
-                    ended.append(Ended(job.key, Outcome("failed", reason=reason, seconds=spent)))
-        return ended
+        return [self._take(call) for call in ready]
 
     def close(self) -> None:
         for actor in [*(job.actor for job in self._busy.values()), *(each for each, _ in self._idle)]:
@@ -118,12 +111,12 @@ class _Job:
 class _Actor:
     """A worker's life, one stage at a time."""
 
-    def __init__(self, threads: int, memory_gib: float | None) -> None:
+    def __init__(self, threads: int, limits: Limits) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self._memory, self._limit = Memory(), memory_gib
+        self._memory, self._limits = Memory(), limits
 
     def perform(self, work: Work, key: str, task: Mapping[str, Any], root: str) -> Outcome:
-        with Watch(root, key, self._limit) as watch:
+        with Watch(root, key, self._limits.memory_gib, self._limits.seconds) as watch:
             return watch.measured(work(task, root, self._memory))

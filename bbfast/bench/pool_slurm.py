@@ -9,7 +9,8 @@ from typing import Any
 
 from bbfast.bench.grid import Limits
 from bbfast.bench.outcomes import Outcome
-from bbfast.bench.pool import Ended, Watch, Work, ended_reason
+from bbfast.bench.pool import Ended, Work
+from bbfast.bench.watch import Watch, ended_reason, forget_ended
 from bbfast.bench.work import Memory, perform
 from bbfast.errors import MissingExtraError
 
@@ -65,6 +66,7 @@ class SlurmPool:
         return self._slots - len(self._busy)
 
     def submit(self, key: str, task: Mapping[str, Any]) -> None:
+        forget_ended(self._root, key)
         job = self._executor.submit(
             _perform, self._work, key, dict(task), self._root, self._limits.seconds, self._limits.memory_gib
         )

@@ -83,6 +83,33 @@ def test_slurm(plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (again.done, again.failed, again.begun) == (3, 0, 1)
 
 
+def test_why_an_earlier_job_was_ended_is_not_why_a_later_one_is(tmp_path: Path) -> None:
+    """A job that is lost before it begins leaves nothing; what lay there is of another."""
+    pytest.importorskip("submitit", reason="submitit is not installed")
+    from bbfast.bench.pool_slurm import SlurmPool
+
+    class Lost:
+        job_id = "7"
+
+        def submit(self, *_: object) -> Lost:
+            return self
+
+        def done(self) -> bool:
+            return True
+
+        def result(self) -> object:
+            raise RuntimeError("preempted")
+
+    pool = SlurmPool(tmp_path, cluster="local")
+    pool._executor = Lost()
+    note = tmp_path / ".bench" / "k.ended"
+    note.parent.mkdir(exist_ok=True)
+    note.write_text("ended after 9 s: the limit is 8 s")
+    pool.submit("k", {})
+    (ended,) = pool.wait(0)
+    assert ended.lost and "its job 7 was lost" in ended.outcome.reason
+
+
 def test_executors_by_name(plan: MakePlan, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="executor must be one of local, ray, slurm, got 'dask'"):
         make_pool("dask", tmp_path, plan())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -107,9 +108,13 @@ def test_a_stage_that_kills_its_worker_is_given_up(plan: MakePlan, tmp_path: Pat
     ],
 )
 def test_limits(plan: MakePlan, tmp_path: Path, work: Any, limits: Limits, reason: str) -> None:
-    made = plan(attacks=["badnets"])
+    """What ``nc`` does is ended; ``ft`` waits all that time for a result that another process makes, and is not."""
+    made, other = plan(attacks=["badnets"]), contextlib.ExitStack()
+    spec = next(task.spec for task in made.tasks.values() if task.method == "ft")
+    key = Store.key("defense", {"spec": {name: value for name, value in spec.items() if name != "device"}})
+    other.enter_context(Store(tmp_path).lock(key))
     began = time.monotonic()
-    done = go(made, tmp_path, work, limits=limits)
+    done = go(made, tmp_path, work, limits=limits, say=lambda line: other.close() if "failed" in line else None)
     assert (done.done, done.failed) == (2, 1) and time.monotonic() - began < 60
     (row,) = [row for row in grid_rows(made, Store(tmp_path)) if row["status"] == "failed"]
     assert row["defense"] == "nc" and reason in row["reason"]
@@ -136,6 +141,49 @@ def test_a_failure_does_not_replace_what_another_runner_made(plan: MakePlan, tmp
     Book(store).write(key, Outcome(status))
     noted = Book(store).read(key)
     assert noted is not None and noted.status == "done"
+
+
+def test_ctrl_c_does_not_reach_a_worker_that_starts(plan: MakePlan, tmp_path: Path) -> None:
+    """Python would end with a traceback while it imports, before the worker can say that it ignores the signal."""
+    made = plan(attacks=["badnets"])
+    key, task = next(iter(made.tasks.items()))
+    pool, heard = LocalPool(tmp_path, 1, threads=1, work=bench_workers.quick), []
+    handler = signal.signal(signal.SIGINT, lambda *_: heard.append(True))
+    try:
+        pool.submit(key, {"kind": task.kind, "spec": task.spec})
+        (pid,) = [worker.pid for worker in multiprocessing.active_children()]
+        status = Path(f"/proc/{pid}/status").read_text().splitlines()
+        blocked = next(int(line.split()[1], 16) for line in status if line.startswith("SigBlk"))
+        assert blocked >> (signal.SIGINT - 1) & 1
+        signal.raise_signal(signal.SIGINT)
+        assert heard, "the runner hears it as before"
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        pool.close()
+
+
+@pytest.mark.slow
+def test_ctrl_c_of_the_command_while_its_workers_start(tmp_path: Path) -> None:
+    """As a terminal sends it: to the runner and to every worker."""
+    command = [sys.executable, "-m", "bbfast.cli", "bench", "run", "smoke", "--store", str(tmp_path / "runs")]
+    process = subprocess.Popen(
+        [*command, "--workers", "2"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 60
+    while len(children(process.pid)) < 2 and time.monotonic() < deadline:  # the helper, and the first worker
+        time.sleep(0.02)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err and err.splitlines()[-1].startswith("interrupted"), err
+    assert not list((tmp_path / "runs").glob("attack-*"))
 
 
 RUNNER = """
