@@ -17,6 +17,10 @@ __all__ = ["Bar", "bar", "wanted"]
 _display: contextvars.ContextVar[Progress | None] = contextvars.ContextVar("bbfast_display", default=None)
 
 
+_REMEMBERED = 3600.0
+"""Seconds over which the speed is taken: of steps of a minute, rich's half minute holds none."""
+
+
 class Bar:
     """One line of progress; does nothing when nobody looks."""
 
@@ -30,8 +34,12 @@ class Bar:
 
     def show(self, fields: Mapping[str, Any]) -> None:
         """Show values beside the bar: numbers with four digits, the rest as text."""
+        if self._display is not None:
+            self.say("  ".join(f"{name} {_text(value)}" for name, value in fields.items()))
+
+    def say(self, text: str) -> None:
+        """Show words beside the bar."""
         if self._display is not None and self._task is not None:
-            text = "  ".join(f"{name} {_text(value)}" for name, value in fields.items())
             self._display.update(self._task, fields=text)
 
 
@@ -41,7 +49,9 @@ def wanted(progress: bool | None) -> bool:
 
 
 @contextlib.contextmanager
-def bar(description: str, total: float | None, progress: bool | None = None, done: int = 0) -> Iterator[Bar]:
+def bar(
+    description: str, total: float | None, progress: bool | None = None, done: int = 0, *, left: bool = True
+) -> Iterator[Bar]:
     """A progress line for the block, with the time left; removed afterwards if it stood inside another display.
 
     Args:
@@ -49,6 +59,7 @@ def bar(description: str, total: float | None, progress: bool | None = None, don
         total: Steps in all; None if unknown.
         progress: True, False, or None: only on a terminal.
         done: Steps already done (a resumed run).
+        left: Show percentage, elapsed time and time left; without them there is room for words (:meth:`Bar.say`).
     """
     if not wanted(progress):
         yield Bar(None, None)
@@ -61,7 +72,7 @@ def bar(description: str, total: float | None, progress: bool | None = None, don
         finally:
             running.remove_task(task)
         return
-    with _new_display() as display:
+    with _new_display(left) as display:
         token = _display.set(display)
         try:
             yield Bar(display, display.add_task(description, total=total, completed=done, fields=""))
@@ -69,20 +80,19 @@ def bar(description: str, total: float | None, progress: bool | None = None, don
             _display.reset(token)
 
 
-def _new_display() -> Progress:
+def _new_display(left: bool) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    words = TextColumn("{task.fields[fields]}", markup=False)
+    times = (words, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     return Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[fields]}", markup=False),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        BarColumn(bar_width=24 if left else 8),
+        *((TextColumn("{task.percentage:>3.0f}%"), *times) if left else (words,)),
         console=Console(stderr=True),
         refresh_per_second=4,
+        speed_estimate_period=_REMEMBERED,
     )
 
 

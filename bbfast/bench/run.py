@@ -16,6 +16,7 @@ from bbfast.bench.kept import keep_grid
 from bbfast.bench.outcomes import Book, Outcome
 from bbfast.bench.plan import Plan, Task
 from bbfast.bench.pool import Ended, Pool
+from bbfast.bench.progress import Pace
 from bbfast.bench.sound import sound
 from bbfast.errors import ArtifactError
 from bbfast.store import Store
@@ -81,10 +82,12 @@ def run_plan(
     with contextlib.closing(pool), running(store):
         keep_grid(store, plan.grid)
         desk = _Desk(plan, sound(store, book.read_all(plan.tasks), verify), retry_failed)
-        with bar(plan.grid.name, len(plan.tasks), progress, done=desk.over) as shown:
+        pace = Pace(plan, desk.outcomes)
+        with bar(plan.grid.name, len(plan.tasks), progress, done=desk.over, left=False) as shown:
             while True:
                 while pool.free and (task := desk.next()) is not None:
                     pool.submit(task.key, desk.order(task))
+                shown.say(pace.shown(len(desk.running)))
                 if not desk.running:
                     break
                 full = ""
@@ -93,13 +96,13 @@ def run_plan(
                         full = ended.outcome.reason  # what has ended beside it is noted first
                         continue
                     before = desk.over
-                    for key, outcome in desk.take(_standing(book, ended, plan.tasks[ended.key])).items():
+                    pace.took(over := desk.take(_standing(book, ended, plan.tasks[ended.key])))
+                    for key, outcome in over.items():
                         book.write(key, outcome)
-                        say(_line(plan.tasks[key], outcome, desk))
+                        say(pace.line(plan.tasks[key], outcome))
                     shown.advance(desk.over - before)
                 if full:
                     raise ArtifactError(f"{full}; free some space, and the same command goes on")
-                shown.show({"running": len(desk.running), "failed": desk.count("failed")})
     return desk.summary(time.monotonic() - clock)
 
 
@@ -131,6 +134,11 @@ class _Desk:
         for key, task in plan.tasks.items():
             if key not in self._outcomes and (task.parent is None or self._status(task.parent) == "done"):
                 self._offer(key)
+
+    @property
+    def outcomes(self) -> Mapping[str, Outcome]:
+        """Of the stages that are over; changes as they end."""
+        return self._outcomes
 
     @property
     def over(self) -> int:
@@ -204,12 +212,3 @@ class _Desk:
             self._offered.add(key)
             last = self._plan.tasks[key].kind == "attack"
             heapq.heappush(self._ready, (int(last), self._order[key], key))
-
-
-def _line(task: Task, outcome: Outcome, desk: _Desk) -> str:
-    spec = task.spec
-    what = f"{spec['data']['name']} {spec['model']} {spec['attack']['name']} {spec['attack']['settings']['ratio']:g}"
-    if task.kind == "defense":
-        what += f" {spec['defense']['name']}"
-    said = outcome.status.replace("_", " ") + (f": {outcome.reason}" if outcome.reason else "")
-    return f"[{desk.over}] {what}, seed {spec['seed']}: {said} ({outcome.seconds:.1f} s)"

@@ -32,6 +32,7 @@ def register(app: typer.Typer) -> None:
     def plan(source: Source, store: StorePath = _RUNS, settings: Set = [], json: Json = False) -> None:  # noqa: B006
         """Show what a grid takes: cells, stages, what is shared, what is not applicable and why, time and disk."""
         from bbfast.bench.cost import estimate
+        from bbfast.bench.progress import duration
         from bbfast.cli import _bench_tables as tables
         from bbfast.store import Store
 
@@ -61,7 +62,7 @@ def register(app: typer.Typer) -> None:
             console.print(tables.reasons(reasons))
         unknown = f"; {left.unmeasured} stages have no measurement in the store" if left.unmeasured else ""
         console.print(
-            f"left: {left.left} stages, {_time(left.seconds)} one after another, {left.disk_bytes / 1e9:.1f} GB"
+            f"left: {left.left} stages, {duration(left.seconds)} one after another, {left.disk_bytes / 1e9:.1f} GB"
             + unknown,
             markup=False,
             soft_wrap=True,
@@ -86,6 +87,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Run what is not done yet. It may be stopped or killed at any moment: the same command goes on."""
         from bbfast.bench import make_pool, run_plan
+        from bbfast.bench.progress import duration
         from bbfast.store import Store
 
         made = _planned(source, settings)
@@ -98,7 +100,7 @@ def register(app: typer.Typer) -> None:
         else:
             screen().print(
                 f"{done.done} done, {done.failed} failed, {done.not_applicable} not applicable, {done.blocked} without "
-                f"their attack; {done.begun} of them now, in {_time(done.seconds)}",
+                f"their attack; {done.begun} of them now, in {duration(done.seconds)}",
                 markup=False,
             )
         if done.failed:
@@ -274,8 +276,3 @@ def _unless_bar() -> Any:
     from bbfast._progress import wanted
 
     return (lambda line: None) if wanted(None) else note
-
-
-def _time(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s" if rest >= 60 else f"{rest} s"
