@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +12,9 @@ from typing import Any
 import bench_workers
 import pytest
 
-from bbfast.bench import LocalPool, Plan, grid_rows, make_pool, run_plan, to_csv
+from bbfast.bench import LocalPool, Plan, grid_rows, make_pool, pools, run_plan, to_csv
 from bbfast.bench.grid import Limits
+from bbfast.bench.outcomes import Outcome
 from bbfast.store import Store
 
 MakePlan = Callable[..., Plan]
@@ -115,3 +117,41 @@ def test_executors_by_name(plan: MakePlan, tmp_path: Path) -> None:
         make_pool("dask", tmp_path, plan())
     with pytest.raises(ValueError, match=r"gpus must be a whole number for slurm, got 0\.5"):
         make_pool("slurm", tmp_path, plan(), gpus=0.5)
+    with pytest.raises(ValueError, match="gpus is for ray and slurm, got 2 with local"):
+        make_pool("local", tmp_path, plan(), gpus=2)
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "devices"),
+    [
+        ("auto", 2, {"cuda:0", "cuda:1"}),
+        ("cuda", 1, {None}),
+        ("cuda:1", 1, {None}),
+        ("cpu", len(os.sched_getaffinity(0)), {None}),
+    ],
+)
+def test_local_workers_of_a_device(
+    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, count: int, devices: set[str | None]
+) -> None:
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(pools, "LocalPool", lambda root, workers, limits, **more: made.append({"n": workers, **more}))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    pools.local_pool(tmp_path, plan(device=device))
+    pools.local_pool(tmp_path, plan(device=device), 3)
+    assert [each["n"] for each in made] == [count, 3] and set(made[0]["devices"] or [None]) == devices
+
+
+def test_other_machines_are_given_whole_paths(plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given: list[Any] = []
+    monkeypatch.setattr(
+        "bbfast.bench.pool_ray.RayPool",
+        lambda root, *_, **__: bench_workers.Inline(root, lambda task, *_: given.append(task) or Outcome("done")),
+    )
+    made = plan(datasets=[{"name": "npz", "root": "mine.npz"}, "digits"], attacks=["badnets"], defenses=["none"])
+    pool = make_pool("ray", "runs", made)
+    for task in made.tasks.values():
+        pool.submit(task.key, {"spec": task.spec})
+    assert [each["spec"]["data"]["root"] for each in given] == [str(tmp_path / "mine.npz"), None]
+    assert len(pool.wait(0)) == 2 and pool.free == 1
+    assert [task.spec["data"]["root"] for task in made.tasks.values()] == ["mine.npz", None]
