@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bbfast.bench.published import FIGURES, Place
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["COMPARED", "Comparison", "compare"]
+
+_PLACE = ("dataset", "model", "attack", "ratio", "defense")
+COMPARED = (*_PLACE, "n", *(f"{metric}{end}" for metric in FIGURES for end in ("", "_published", "_difference")))
+"""The keys of a compared cell."""
 
 
 class Comparison(dict[str, Any]):
@@ -18,7 +23,8 @@ class Comparison(dict[str, Any]):
 
 
 def compare(rows: Sequence[Mapping[str, Any]], published: Mapping[Place, Mapping[str, float | None]]) -> Comparison:
-    """Match results with a published table; several of ours at one place (seeds) are averaged.
+    """Match results with a published table; several of ours at one place (seeds) are averaged. What is not a finite
+    number, on either side, counts as not there.
 
     Args:
         rows: With the keys dataset, model, attack, ratio, defense and the metrics; see
@@ -27,22 +33,19 @@ def compare(rows: Sequence[Mapping[str, Any]], published: Mapping[Place, Mapping
     """
     ours: dict[Place, list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row.get("c_acc") is not None and row.get("ratio") is not None:
+        if _known(row.get("c_acc")) and row.get("ratio") is not None:
             place = (row["dataset"], row["model"], row["attack"], float(row["ratio"]), row["defense"])
             ours.setdefault(place, []).append(row)
-    filled = {place for place, figures in published.items() if figures["c_acc"] is not None}
+    filled = {place for place, figures in published.items() if _known(figures["c_acc"])}
     cells = []
     for place in sorted(filled & ours.keys()):
-        cell: dict[str, Any] = dict(
-            zip(("dataset", "model", "attack", "ratio", "defense"), place, strict=True), n=len(ours[place])
-        )
+        cell: dict[str, Any] = dict(zip(_PLACE, place, strict=True), n=len(ours[place]))
         for metric in FIGURES:
-            mine = [float(row[metric]) for row in ours[place] if row.get(metric) is not None]
-            theirs = published[place][metric]
-            both = bool(mine) and theirs is not None
+            mine = [float(row[metric]) for row in ours[place] if _known(row.get(metric))]
+            theirs = published[place][metric] if _known(published[place][metric]) else None
             cell[metric] = statistics.fmean(mine) if mine else None
             cell[f"{metric}_published"] = theirs
-            cell[f"{metric}_difference"] = cell[metric] - theirs if both and theirs is not None else None
+            cell[f"{metric}_difference"] = cell[metric] - theirs if mine and theirs is not None else None
         cells.append(cell)
     summary = {}
     for metric in FIGURES:
@@ -62,9 +65,12 @@ def compare(rows: Sequence[Mapping[str, Any]], published: Mapping[Place, Mapping
     return Comparison(cells=cells, coverage=coverage, summary=summary, apart=_apart(ours, filled))
 
 
+def _known(figure: float | None) -> bool:
+    return figure is not None and math.isfinite(figure)
+
+
 def _apart(ours: Iterable[Place], theirs: Iterable[Place]) -> dict[str, tuple[list[Any], list[Any]]]:
-    columns = ("dataset", "model", "attack", "ratio", "defense")
     sides = [[sorted(set(values)) for values in zip(*places, strict=True)] for places in (list(ours), list(theirs))]
     if not all(sides):
         return {}
-    return {key: (a, b) for key, a, b in zip(columns, *sides, strict=True) if not set(a) & set(b)}
+    return {key: (a, b) for key, a, b in zip(_PLACE, *sides, strict=True) if not set(a) & set(b)}
