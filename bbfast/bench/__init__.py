@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bbfast.bench.compare import compare
+from bbfast.bench.failures import failures
 from bbfast.bench.gc import Garbage, find_garbage, remove_garbage
 from bbfast.bench.grid import Grid, load_grid
 from bbfast.bench.index import Index
@@ -14,7 +15,7 @@ from bbfast.bench.pool import LocalPool, Pool
 from bbfast.bench.pools import local_pool, make_pool
 from bbfast.bench.presets import GRIDS
 from bbfast.bench.published import read_published
-from bbfast.bench.results import aggregate, grid_rows, pivot, select, to_csv, to_json
+from bbfast.bench.results import aggregate, grid_rows, pivot, pivot_rows, select, to_csv, to_json
 from bbfast.bench.run import Summary, run_plan
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Task",
     "aggregate",
     "compare",
+    "failures",
     "find_garbage",
     "grid_rows",
     "kept_grids",
@@ -39,6 +41,7 @@ __all__ = [
     "make_plan",
     "make_pool",
     "pivot",
+    "pivot_rows",
     "read_published",
     "remove_garbage",
     "run_plan",

@@ -35,6 +35,11 @@ class Estimate:
     disk_bytes: float
     unmeasured: int
 
+    @property
+    def measured(self) -> int:
+        """Stages that the estimate is of; without one it says nothing."""
+        return self.left - self.unmeasured
+
 
 def estimate(plan: Plan, store: Store) -> Estimate:
     """Time and disk that ``plan`` will take.

@@ -12,6 +12,15 @@ from bbfast.errors import DatasetError
 
 __all__ = ["Facts", "refused"]
 
+_CLASS_SIZES = {
+    "gtsrb": (
+        *(210, 2220, 2250, 1410, 1980, 1860, 420, 1440, 1410, 1470, 2010, 1320, 2100, 2160, 780),
+        *(630, 420, 1110, 1200, 210, 360, 330, 390, 510, 270, 1500, 600, 240, 540, 270),
+        *(450, 780, 240, 689, 420, 1200, 390, 210, 2070, 300, 360, 240, 240),
+    )
+}
+"""Training images of each class where they are not equal: as published (Stallkamp et al. 2012, the full release)."""
+
 
 class Facts:
     """What is known of a data set before it is read."""
@@ -37,10 +46,11 @@ class Facts:
             return pair.num_classes, pair.train.image_size, counts
         classes, total = int(self._info["num_classes"]), int(self._info["train"])
         size = self._info["image_size"]
-        even = total // classes if total % classes == 0 else None
+        even = [total // classes] * classes if total % classes == 0 else None
+        sizes: list[int] | None = list(_CLASS_SIZES.get(self._data.name, ())) or even
         asked = self._data.options.get("classes")
         kept = min(classes, asked) if isinstance(asked, int) else classes
-        return kept, (int(size[0]), int(size[1]), int(size[2])), None if even is None else [even] * kept
+        return kept, (int(size[0]), int(size[1]), int(size[2])), sizes and sizes[:kept]
 
     def network(self, model: str) -> nn.Module | str | None:
         """The model without memory for its weights, or why it cannot be built; None if the images are not known."""

@@ -9,7 +9,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from bbfast.errors import ArtifactError
 from bbfast.store import Store
@@ -36,6 +36,7 @@ class Outcome:
         attempts: How often it was begun.
         source: What the files behind it were when it was planned (:attr:`bbfast.bench.plan.Task.source`); None if that
             was not noted.
+        record: What it was about, when it ended, and versions; empty where there is a result, which has them.
     """
 
     status: Status
@@ -46,6 +47,7 @@ class Outcome:
     peak_memory: int = 0
     attempts: int = 1
     source: str | None = None
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Sourced(Protocol):

@@ -13,15 +13,15 @@ from bbfast.errors import ArtifactError, MissingExtraError
 
 __all__ = ["write_parquet"]
 
-_TEXT = ("dataset", "model", "attack", "defense", "status", "reason")
-_WHOLE = ("seed", "n")
+_TEXT = ("dataset", "model", "attack", "defense", "status", "reason", "commit", "device")
+_WHOLE = ("seed", "n", "protocol", "version")
 
 
 def write_parquet(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """Write rows of :func:`bbfast.bench.grid_rows` or :func:`bbfast.bench.aggregate` as one Parquet file.
 
-    Names, status and reason are text, seeds and counts 64-bit integers, everything else float64; what is not there is
-    NULL. A file that is there is replaced when the new one is whole.
+    Names, status, reason, commit and device are text, seeds, counts and versions 64-bit integers, everything else
+    float64; what is not there is NULL. A file that is there is replaced when the new one is whole.
 
     Args:
         rows: At least one; all with the same keys.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bbfast._progress import bar
+from bbfast.bench.failures import recorded
 from bbfast.bench.holders import running
 from bbfast.bench.kept import keep_grid
 from bbfast.bench.outcomes import Book, Outcome
@@ -98,7 +99,7 @@ def run_plan(
                     before = desk.over
                     pace.took(over := desk.take(_standing(book, ended, plan.tasks[ended.key])))
                     for key, outcome in over.items():
-                        book.write(key, outcome)
+                        book.write(key, recorded(outcome, plan.tasks[key].spec))
                         say(pace.line(plan.tasks[key], outcome))
                     shown.advance(desk.over - before)
                 if full:

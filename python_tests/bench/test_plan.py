@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from bbfast.bench import Plan, load_grid, make_plan
+from bbfast.bench.facts import Facts
+from bbfast.bench.failures import refusals
+from bbfast.bench.grid import DataEntry, Entry
 from bbfast.defenses import refusal
 from bbfast.errors import ConfigError
 
@@ -76,14 +79,35 @@ def test_a_part_of_the_classes_is_planned_for_as_such(plan: MakePlan) -> None:
     assert cells[0].reason is None and "asks for 1000" in str(cells[1].reason)
 
 
+def test_classes_of_gtsrb_are_known_before_the_files_are(plan: MakePlan) -> None:
+    facts = Facts(DataEntry(name="gtsrb"))
+    # The first class has 210 of 39,209 images, the second 2,220.
+    assert facts.unfit(Entry(name="sig"), 0.005) is None
+    assert "asks for 392 of 39209 samples, but class [0] has 210" in str(facts.unfit(Entry(name="sig"), 0.01))
+    second = Entry(name="sig", settings={"target": 1})
+    assert facts.unfit(second, 0.05) is None and "class [1] has 2220" in str(facts.unfit(second, 0.1))
+    assert "asks for 243 of 2430" in str(
+        Facts(DataEntry(name="gtsrb", options={"classes": 2})).unfit(Entry(name="lc"), 0.1)
+    )
+
+
+def test_what_is_not_applicable_is_grouped_by_reason(plan: MakePlan) -> None:
+    made = plan(ratios=[0.05, 0.2], seeds=[0, 1], defenses=["none", "ft"])
+    (group,) = refusals(vars(cell) for cell in made.cells if cell.reason is not None)
+    assert group["count"] == 4 and "asks for 288 of 1442" in group["reason"]
+    place = {"dataset": "digits", "model": "small_cnn", "attack": "sig", "ratio": 0.2}
+    assert group["cells"] == [{**place, "defenses": ["none", "ft"], "seeds": [0, 1]}]
+
+
 def test_the_published_grid() -> None:
     made = make_plan(load_grid("paper"))
     assert len(made.cells) == 15_360
     stages = made.stages()
-    assert stages["attack"] == 920 and stages["total"] == sum(cell.task is not None for cell in made.cells)
-    # 2 clean-label attacks ask for more than a class of CIFAR-100 (2 ratios) and of Tiny ImageNet (3) holds.
+    assert stages["attack"] == 896 and stages["total"] == sum(cell.task is not None for cell in made.cells)
+    # 2 clean-label attacks ask for more than a class of CIFAR-100 (2 ratios), of Tiny ImageNet (3) and the first one of
+    # GTSRB (3) holds.
     too_many = sum(n for reason, n in made.not_applicable().items() if "clean_label" in reason)
-    assert too_many == 2 * 5 * 4 * 16
+    assert too_many == 2 * 8 * 4 * 16
 
 
 def test_wrong_options_of_a_data_set_are_told_at_once(plan: MakePlan) -> None:

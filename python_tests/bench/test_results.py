@@ -15,6 +15,7 @@ from typing import Any
 import bench_workers
 import pytest
 
+from bbfast._version import commit
 from bbfast.bench import (
     Index,
     Plan,
@@ -22,6 +23,7 @@ from bbfast.bench import (
     compare,
     grid_rows,
     pivot,
+    pivot_rows,
     read_published,
     run_plan,
     select,
@@ -29,6 +31,7 @@ from bbfast.bench import (
     to_json,
     write_parquet,
 )
+from bbfast.bench.compare import COMPARED
 from bbfast.errors import ArtifactError, MissingExtraError, UnknownNameError
 from bbfast.store import Content, Store
 
@@ -103,6 +106,9 @@ def test_rows_by_what_they_have(ran: tuple[Plan, Store]) -> None:
         select(rows, {"colour": "red"})
     with pytest.raises(UnknownNameError, match="unknown attack 'badnet'; did you mean 'badnets'"):
         select(rows, {"attack": "badnet"})
+    assert select(rows, {"status": ["failed", "blocked"]}) == []
+    with pytest.raises(UnknownNameError, match="unknown status 'fialed'; did you mean 'failed'"):
+        select(rows, {"status": "fialed"})
 
 
 def test_pivots(ran: tuple[Plan, Store]) -> None:
@@ -110,6 +116,34 @@ def test_pivots(ran: tuple[Plan, Store]) -> None:
     assert (down, across) == (["badnets", "sig"], ["none", "ft", "nc"]) and set(cells.values()) == {0.5}
     with pytest.raises(ValueError, match="the results have no 'acc'; they have dataset"):
         pivot(grid_rows(*ran), "acc")
+
+
+def test_a_pivot_as_rows(ran: tuple[Plan, Store]) -> None:
+    rows = grid_rows(*ran)
+    first, second = pivot_rows(rows, "c_acc")
+    assert list(first) == ["dataset", "model", "ratio", "attack", "none", "ft", "nc"]
+    assert (first["attack"], second["attack"], first["ratio"]) == ("badnets", "sig", 0.05)
+    mean = {row["defense"]: row["c_acc"] for row in aggregate(rows) if row["attack"] == "sig"}
+    assert {key: second[key] for key in mean} == mean
+    other = pivot_rows([row for row in rows if row["defense"] == "nc"], "asr", "seed", "ratio")
+    assert [(row["attack"], row["seed"], row["0.05"]) for row in other] == [
+        (attack, seed, 0.5) for attack in ("badnets", "sig") for seed in (0, 11)
+    ]
+    for wrong, words in (
+        (("asr", "colour"), "rows must be one of dataset, .* got 'colour'"),
+        (("asr", "attack", "attack"), "rows and columns must differ, got 'attack' for both"),
+        (("reason",), "'reason' is no figure; a pivot takes c_acc"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pivot_rows(rows, *wrong)
+    with pytest.raises(ValueError, match="a column cannot be called 'model'; give that defense another label"):
+        pivot_rows([{**rows[0], "defense": "model"}], "asr")
+
+
+def test_records_name_what_made_them(ran: tuple[Plan, Store]) -> None:
+    row = grid_rows(*ran, records=True)[0]
+    assert list(row)[-4:] == ["protocol", "version", "commit", "device"]
+    assert row["commit"] == (commit() or None) and row["device"] is None  # the workers here record neither
 
 
 def test_what_is_written_can_be_read(ran: tuple[Plan, Store]) -> None:
@@ -122,7 +156,8 @@ def test_what_is_written_can_be_read(ran: tuple[Plan, Store]) -> None:
 
 def test_parquet(ran: tuple[Plan, Store], tmp_path: Path) -> None:
     duckdb = pytest.importorskip("duckdb", reason="DuckDB is not installed")
-    rows = grid_rows(*ran, costs=True)
+    rows = grid_rows(*ran, costs=True, records=True)
+    rows[1] |= {"protocol": 1, "version": 2, "commit": "c0ffee", "device": "cuda:0"}
     rows[0] = {**rows[0], "asr": 0.1 + 0.2, "reason": 'it\'s "quoted", 1\n2', "tpr": None, "c_acc": 1e-300}
     path = write_parquet(rows, tmp_path / "it's a table.parquet")
     with duckdb.connect() as db:
@@ -130,6 +165,7 @@ def test_parquet(ran: tuple[Plan, Store], tmp_path: Path) -> None:
         names, kinds = [column[0] for column in found.description], {c[0]: str(c[1]) for c in found.description}
         assert [dict(zip(names, row, strict=True)) for row in found.fetchall()] == rows
     assert (kinds["reason"], kinds["seed"], kinds["tpr"]) == ("VARCHAR", "BIGINT", "DOUBLE")
+    assert (kinds["commit"], kinds["protocol"]) == ("VARCHAR", "BIGINT")
     write_parquet(aggregate(rows), path)
     assert sorted(p.name for p in tmp_path.glob("*parquet*")) == ["it's a table.parquet"]
     with pytest.raises(ValueError, match="there are no rows to write"):
@@ -205,6 +241,21 @@ def test_beside_a_published_table(tmp_path: Path) -> None:
         "attack": (["lf"], ["badnets", "input_aware"]),
         "defense": (["nc"], ["i_bau", "none", "ss"]),
     }
+
+
+def test_what_is_no_number_is_not_compared() -> None:
+    place = ("cifar10", "preactresnet18")
+    published = {
+        (*place, "badnets", 0.1, "ft"): {"c_acc": 0.5, "asr": math.nan, "r_acc": 0.1},
+        (*place, "lf", 0.1, "ft"): {"c_acc": 0.4, "asr": 0.25, "r_acc": 0.1},
+        (*place, "sig", 0.1, "ft"): {"c_acc": math.nan, "asr": 0.25, "r_acc": 0.1},
+    }
+    row = {"dataset": place[0], "model": place[1], "ratio": 0.1, "defense": "ft", "c_acc": 0.5, "asr": 0.75}
+    found = compare([{**row, "attack": name, "r_acc": math.inf} for name in ("badnets", "lf", "sig")], published)
+    assert found["coverage"]["published"] == found["coverage"]["matched"] == 2
+    assert found["summary"]["asr"] == {"n": 1, "mean_difference": 0.5, "mean_absolute_difference": 0.5}
+    assert found["summary"]["r_acc"]["n"] == 0 and found["cells"][0]["asr_published"] is None
+    assert all(tuple(cell) == COMPARED for cell in found["cells"])
 
 
 def test_a_record_without_all_facts(tmp_path: Path) -> None:

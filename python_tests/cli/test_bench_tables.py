@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bbfast.bench.failures import refusals
 from bbfast.cli import _bench_tables as tables
 
 
@@ -36,14 +37,33 @@ def test_a_wide_pivot_is_continued_and_ratios_are_apart() -> None:
 
 
 def test_many_reasons_are_cut_and_counted() -> None:
-    shown = text(tables.reasons({f"reason {i}": 100 - i for i in range(20)}))
-    assert "reason 11" in shown and "reason 12" not in shown
+    cells = [row("badnets", f"defense {chr(97 + i)}", 0.1, None) for i in range(20) for _ in range(100 - i)]
+    shown = text(tables.refused(refusals({**cell, "reason": f"no {cell['defense']}"} for cell in cells), cells))
+    assert "100  defense a: no defense a" in shown and "defense l" in shown and "defense m" not in shown
     assert f"{sum(100 - i for i in range(12, 20))}  for 8 more reasons" in shown
 
 
+def test_reasons_that_differ_in_numbers_are_one_and_say_where() -> None:
+    cells = [row(attack, "ft", ratio, None) for attack in ("lc", "sig") for ratio in (0.01, 0.05, 0.1)]
+    bad = [cell for cell in cells if cell["attack"] == "lc" and cell["ratio"] > 0.01][::-1]
+    shown = text(tables.refused(refusals({**cell, "reason": f"asks for {cell['ratio']}"} for cell in bad), cells))
+    assert "2  lc / ratio 0.05, 0.1: asks for 0.1 (and the like, with other numbers)" in shown
+    assert "3  asks" in text(tables.refused(refusals({**cell, "reason": "asks"} for cell in cells[:3]), cells[:3]))
+
+
 def test_failures_are_told_once_a_reason() -> None:
-    rows = [row("badnets", name, 0.1, None, reason="ValueError: no") for name in ("ft", "fp", "nc")]
-    rows.append(row("lf", "ft", 0.1, None, reason="it hung"))
-    first, second = tables.failures(rows)
-    assert first == "  digits small_cnn badnets 0.1 ft, seed 0 and 2 more: ValueError: no"
-    assert second.endswith("lf 0.1 ft, seed 0: it hung")
+    found = [{"stage": f"digits {name}, seed 0", "reason": "ValueError: no"} for name in ("ft", "fp", "nc")]
+    found.append({"stage": "digits lf, seed 0", "reason": "it hung"})
+    first, second = tables.failures(found)
+    assert first == "  digits ft, seed 0 and 2 more: ValueError: no"
+    assert second == "  digits lf, seed 0: it hung"
+
+
+def test_costs_have_units_of_their_own() -> None:
+    rows = [row("badnets", "ft", 0.1, 0.5, seconds=100.0, peak_memory_bytes=1.5 * 2**30)]
+    shown = text(tables.listed(rows))
+    assert "GiB" in shown and "100.0  1.50" in shown and "50.0" in shown
+    ((title, table),) = tables.pivoted(rows, "seconds", 80)
+    assert title.startswith("seconds, s: ") and "100.0" in text(table)
+    ((title, table),) = tables.pivoted(rows, "peak_memory_bytes", 80, "ratio", "model")
+    assert title == "peak_memory_bytes, GiB: digits, badnets, ft" and "0.1         1.50" in text(table)

@@ -110,7 +110,11 @@ def test_a_defenses_model_beside_the_defense(attack: Path, defense: Path) -> Non
         (("metrics", "--set", "sede=1"), 2, "unknown setting 'sede'; did you mean seed"),
         (("metrics", "--set", "seed=-1"), 2, "seed: "),
         (("metrics", "--device", "toaster"), 2, "toaster"),
-        (("grad_cam", "--set", "layer=layer9"), 1, "unknown layer 'layer9'; did you mean one of the closest of 32: 'layer4'"),
+        (
+            ("grad_cam", "--set", "layer=layer9"),
+            1,
+            "unknown layer 'layer9'; did you mean one of the closest",
+        ),
     ],
 )
 def test_wrong_usage_is_refused_before_work(
