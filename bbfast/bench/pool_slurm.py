@@ -30,7 +30,7 @@ class SlurmPool:
         workers: Jobs in the queue at once.
         limits: What one stage may use; both are asked of Slurm too, with five minutes to spare.
         cluster: ``slurm``, or ``local`` for processes of this machine.
-        parameters: What submitit takes besides: ``slurm_partition``, ``gpus_per_node``, ``slurm_array_parallelism``.
+        parameters: What submitit takes besides: ``slurm_partition``, ``gpus_per_node``. Stages are no array.
         work: What a job does with its stage.
 
     Raises:
