@@ -10,7 +10,7 @@ from typing import Any
 from bbfast._record import versions
 from bbfast.bench.outcomes import Book, Outcome
 from bbfast.bench.plan import Plan
-from bbfast.bench.progress import labels
+from bbfast.bench.progress import labels, places
 from bbfast.store import Store
 
 __all__ = ["failures", "recorded", "refusals"]
@@ -33,12 +33,12 @@ def recorded(outcome: Outcome, spec: Mapping[str, Any]) -> Outcome:
 def failures(plan: Plan, store: Store) -> list[dict[str, Any]]:
     """The failed stages of ``plan``, in its order.
 
-    Each has ``stage`` (its name in the grid's words), ``kind``, ``key``, ``reason``, ``traceback`` ("" if its process
-    was ended or lost), ``seconds``, ``attempts``, ``waiting`` (the cells that have no figures because of it, beside its
-    own) and ``record`` (see :func:`recorded`; empty in notes that an older bbfast wrote).
+    Each has dataset, model, attack, ratio, seed and defense (labels of the grid; ``none`` for an attack), ``stage``
+    (the same in words), ``kind``, ``key``, ``reason``, ``traceback`` ("" if its process was ended or lost),
+    ``seconds``, ``attempts``, ``waiting`` (the cells that have no figures because of it, beside its own) and ``record``
+    (see :func:`recorded`; empty in notes that an older bbfast wrote).
     """
-    known = Book(store).read_all(plan.tasks)
-    names = labels(plan)
+    known, names, where = Book(store).read_all(plan.tasks), labels(plan), places(plan)
     waiting: dict[str, int] = {}
     for cell in plan.cells:
         parent = None if cell.task is None else plan.tasks[cell.task].parent
@@ -46,6 +46,7 @@ def failures(plan: Plan, store: Store) -> list[dict[str, Any]]:
             waiting[parent] = waiting.get(parent, 0) + 1
     return [
         {
+            **where[key],
             "stage": names[key],
             "kind": task.kind,
             "key": key,

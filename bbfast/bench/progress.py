@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any
 
+from bbfast.bench.grid import NO_DEFENSE
 from bbfast.bench.outcomes import Outcome
 from bbfast.bench.plan import Plan, Task
 
-__all__ = ["Pace", "duration", "labels"]
+__all__ = ["Pace", "duration", "labels", "places"]
 
 
 class Pace:
@@ -69,18 +71,34 @@ class Pace:
         return sum(child not in self._known for child in self._children.get(key, ()))
 
 
-def labels(plan: Plan) -> dict[str, str]:
-    """Key of each stage to its place in the grid's own words: two entries of one method differ by label alone."""
-    names: dict[str, str] = {}
+def places(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Key of each stage to dataset, model, attack, ratio, seed and defense in the grid's labels: two entries of one
+    method differ by them alone. An attack's defense is ``none``; one that no cell needs has the methods' names."""
+    keys = ("dataset", "model", "attack", "ratio", "seed", "defense")
+    found: dict[str, dict[str, Any]] = {}
     for cell in plan.cells:
         if cell.task is None:
             continue
-        attack = f"{cell.dataset} {cell.model} {cell.attack} {cell.ratio:g}"
-        parent = plan.tasks[cell.task].parent
-        names.setdefault(cell.task, f"{attack}{'' if parent is None else f' {cell.defense}'}, seed {cell.seed}")
+        place, parent = {key: getattr(cell, key) for key in keys}, plan.tasks[cell.task].parent
+        found.setdefault(cell.task, place)
         if parent is not None:
-            names.setdefault(parent, f"{attack}, seed {cell.seed}")
-    return names
+            found.setdefault(parent, {**place, "defense": NO_DEFENSE})
+    for key, task in plan.tasks.items():
+        if key not in found:
+            spec = task.spec
+            own = (spec["data"]["name"], spec["model"], task.method, spec["attack"]["settings"]["ratio"], spec["seed"])
+            found[key] = dict(zip(keys, (*own, NO_DEFENSE), strict=True))
+    return found
+
+
+def labels(plan: Plan) -> dict[str, str]:
+    """:func:`places` in words."""
+    words = {}
+    for key, place in places(plan).items():
+        defense = "" if plan.tasks[key].kind == "attack" else f" {place['defense']}"
+        attack = f"{place['dataset']} {place['model']} {place['attack']} {place['ratio']:g}"
+        words[key] = f"{attack}{defense}, seed {place['seed']}"
+    return words
 
 
 def duration(seconds: float) -> str:

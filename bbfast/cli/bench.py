@@ -100,6 +100,7 @@ def register(app: typer.Typer) -> None:
                 f"{done.done} done, {done.failed} failed, {done.not_applicable} not applicable, {done.blocked} without "
                 f"their attack; {done.begun} of them now, in {duration(done.seconds)}",
                 markup=False,
+                soft_wrap=True,
             )
         if done.failed:
             note(f"{again('status', source, store, settings, '--failed')} shows why; --retry-failed tries again")

@@ -34,6 +34,7 @@ def test_notes_name_what_they_are_about(plan: MakePlan, tmp_path: Path) -> None:
     # The attack has no row of its own here: only its stage says why its defenses wait.
     (found,) = failures(made, store)
     assert (found["stage"], found["waiting"]) == ("digits small_cnn badnets 0.05, seed 7", 2)
+    assert (found["attack"], found["ratio"], found["seed"], found["defense"]) == ("badnets", 0.05, 7, "none")
     assert (found["traceback"], found["attempts"]) == ("Traceback ...", 1)
 
 

@@ -76,6 +76,13 @@ def test_lines_name_labels_counts_and_rate(plan: MakePlan, tmp_path: Path) -> No
     assert "wanet, s 1.0 0.05 nc, seed 0" in lines[3] and lines[3].endswith("/min, 0 s left")
 
 
+def test_an_attack_that_no_cell_needs_has_a_name(plan: MakePlan) -> None:
+    made = plan(models=["vit_b_16"], attacks=["badnets"], defenses=["clp"])
+    assert all(cell.task is None for cell in made.cells)
+    assert list(labels(made).values()) == ["digits vit_b_16 badnets 0.05, seed 0"][: len(made.tasks)]
+    assert len(made.tasks) == 1
+
+
 def test_the_view_fits_a_terminal_and_shows_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     console = Console(file=out, width=80, force_terminal=True)
