@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
-from collections.abc import Hashable, Iterable, Mapping
+import traceback
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +18,7 @@ from bbfast.defenses.base import Defense, create, find
 from bbfast.defenses.features import Reader, read_set
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.run import Population, build_view, check_run, check_seed, resolve_attack, run_and_judge
-from bbfast.defenses.view import DefenderView
+from bbfast.defenses.view import DefenderView, Readings
 from bbfast.errors import DetectionError
 
 if TYPE_CHECKING:
@@ -45,9 +47,13 @@ def detect_all(
     """Run several detectors on one attacked model; those that read features share one pass over each set.
 
     Each detector still has its own view with what its card names and no more, and gets what it would get from
-    :func:`bbfast.defend`, bit for bit. ``ac``, ``ss``, ``scan``, ``spectre`` and ``beatrix`` share passes; the others
-    run as always. What is held at once: the features that the detectors keep (4 bytes a sample and dimension) and one
-    batch of everything else.
+    :func:`bbfast.defend`, bit for bit. ``ac``, ``ss``, ``scan``, ``spectre``, ``beatrix`` and ``asset`` share passes;
+    the others run as always.
+
+    What is held at once, however many detectors there are: one private copy of the sets and of the model, for the
+    detector whose turn it is; what the shared passes left for those still to run (features: 4 bytes a sample and
+    dimension, once for all who want the same ones); and the results. A view lasts for one call of a detector's
+    ``check``, ``readers`` or ``run``: what is read goes on to the next, what is changed in a set or model does not.
 
     Args:
         attack_result: Result of an attack, or its folder.
@@ -70,17 +76,17 @@ def detect_all(
     attack = resolve_attack(attack_result)
     check_seed(seed)
     target = resolve_device(device)
+    make = partial(build_view, attack=attack, clean_fraction=clean_fraction, seed=seed, device=target)
     runs: dict[str, _Run] = {}
     for each in detectors:
         method = _method(each).for_dataset(str(attack.config["data"]["name"]))
         if method.name in runs:
             raise ValueError(f"detectors must not name {method.name!r} twice: results are kept by name")
         folder = None if checkpoint is None else Path(checkpoint) / method.name
-        view, population = build_view(
-            method, attack, clean_fraction, seed, target, checkpoint=folder, progress=progress, recipe=recipe
+        runs[method.name] = run = _Run(
+            method, partial(make, method, checkpoint=folder, progress=progress, recipe=recipe)
         )
-        check_run(method, attack, view)
-        runs[method.name] = _Run(method, view, population)
+        run.check(attack)
     if not runs:
         raise ValueError("detectors must name at least one detector, got none")
 
@@ -89,12 +95,12 @@ def detect_all(
     results: dict[str, DefenseResult] = {}
     failures: dict[str, Exception] = {name: run.failure for name, run in runs.items() if run.failure is not None}
     for name in [name for name in runs if name not in failures]:
-        run = runs.pop(name)  # with it goes its copy of the sets
+        run = runs.pop(name)  # with it goes what the passes left for it
         try:
-            results[name] = run_and_judge(run.method, attack, run.view, run.population, clean_fraction)
+            results[name] = run.result(attack, clean_fraction)
         except Exception as error:  # whatever it is, it must not cost the others their results
             _log.warning("detect_all: %s failed: %s", name, error)
-            failures[name] = error
+            failures[name] = _light(error)
         else:
             results[name].metrics["seconds_shared"] = run.shared
     if failures:
@@ -102,15 +108,87 @@ def detect_all(
     return results
 
 
-@dataclasses.dataclass(eq=False)
 class _Run:
-    """One detector with its view. ``shared``: seconds of the passes it took part in; ``failure``: why it is out."""
+    """One detector. Its view is made anew whenever it is needed, so that no two detectors hold the sets at a time.
 
-    method: Defense
-    view: DefenderView
-    population: Population
-    shared: float = 0.0
-    failure: Exception | None = None
+    Args:
+        method: The detector.
+        build: Makes its view, and what it is judged on.
+
+    ``shared``: seconds of the passes it took part in; ``failure``: why it is out; ``draws``: see :class:`Population`.
+    """
+
+    def __init__(self, method: Defense, build: Callable[[], tuple[DefenderView, Population]]) -> None:
+        self.method = method
+        self.shared = 0.0
+        self.failure: Exception | None = None
+        self.draws: Mapping[str, Hashable] = {}
+        self._build = build
+        self._read: Readings | None = None
+
+    def view(self) -> tuple[DefenderView, Population]:
+        """A view that knows what was read so far."""
+        view, population = self._build()
+        if self._read is not None:
+            view.go_on(self._read)
+        return view, population
+
+    def check(self, attack: AttackResult) -> None:
+        """As :func:`bbfast.defenses.run.check_run`."""
+        view, population = self.view()
+        check_run(self.method, attack, view)
+        self._read, self.draws = view.readings(), population.draws
+
+    def readers(self, source: str) -> list[_Apart]:
+        """What the detector will read of ``source``; none after a failure."""
+        if source not in self.method.card.needs or type(self.method).readers is Defense.readers:
+            return []
+        try:
+            return self._ask(source)
+        except Exception as error:
+            self.fail(error)
+            return []
+
+    def _ask(self, source: str) -> list[_Apart]:
+        view, _ = self.view()
+        found = [_Apart(reader) for reader in self.method.readers(view, source)]
+        self._read = view.readings()
+        return found
+
+    def keep(self, source: str, reader: Reader, outcome: Callable[[], Any]) -> None:
+        """Take what a pass gave ``reader``, or fail as it did."""
+        if self._read is None:
+            return
+        try:
+            self._read.keep(source, reader, outcome())
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """The detector is out, and what was read for it is dropped."""
+        self.failure, self._read = _light(error), None
+
+    def result(self, attack: AttackResult, clean_fraction: float | None) -> DefenseResult:
+        """The judged result."""
+        view, population = self.view()
+        self._read = None
+        return run_and_judge(self.method, attack, view, population, clean_fraction)
+
+
+def _light(error: Exception) -> Exception:
+    """The error without the local variables of the calls that are over, among which are sets and models."""
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
+            over: FrameType | None = frame
+            while over is not None:  # and those that called it: a frame holds them, seen in the traceback or not
+                try:
+                    over.clear()
+                except RuntimeError:  # still at work
+                    break
+                over = over.f_back
+        cause = cause.__cause__ or cause.__context__
+    return error
 
 
 def _method(given: str | Defense) -> Defense:
@@ -125,29 +203,20 @@ def _share(runs: Mapping[str, _Run], source: str) -> None:
     """One pass over each draw of ``source`` for all that read it."""
     draws: dict[Hashable, list[tuple[_Run, _Apart]]] = {}
     for run in runs.values():
-        if source not in run.view.needs or run.failure is not None:
-            continue
-        try:
-            draws.setdefault(run.population.draws[source], []).extend(
-                (run, _Apart(reader)) for reader in run.method.readers(run.view, source)
-            )
-        except Exception as error:
-            run.failure = error
+        if run.failure is None:
+            for reader in run.readers(source):
+                draws.setdefault(run.draws[source], []).append((run, reader))
     for taking in draws.values():
-        if not taking:
-            continue
-        clock = time.perf_counter()
         apart: dict[Hashable, _Apart] = {}
         for _, reader in taking:
             apart.setdefault(reader.key, reader)
-        view = taking[0][0].view
+        view = taking[0][0].view()[0]
         images = getattr(view, source).images
+        clock = time.perf_counter()
         read_set(view.model, images, list(apart.values()), view.mean, view.std, view.device)
+        del view, images
         for run, reader in taking:
-            try:
-                run.view.keep(source, reader.wrapped, apart[reader.key].outcome())
-            except Exception as error:
-                run.failure = error
+            run.keep(source, reader.wrapped, apart[reader.key].outcome)
         seconds = time.perf_counter() - clock
         for run in {id(run): run for run, _ in taking}.values():
             run.shared += seconds

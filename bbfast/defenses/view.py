@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bbfast.store import Store
     from bbfast.training import Recipe
 
-__all__ = ["DataFacts", "DefenderView", "Grants", "Stream", "private_copy"]
+__all__ = ["DataFacts", "DefenderView", "Grants", "Readings", "Stream", "private_copy"]
 
 _SOURCES = ("poisoned_train", "clean", "reserve", "stream")
 
@@ -74,6 +74,28 @@ class Grants:
     poisoned_train: ImageSet | None = None
     stream: Stream | None = None
     features: Mapping[tuple[str, str], Tensor] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(eq=False)
+class Readings:
+    """What a view has read so far, without the sets and the model that it was read of.
+
+    Args:
+        features: By source and role.
+        others: What other readers made, by source and the reader's key.
+        used: Names of the granted things that were asked for.
+    """
+
+    features: dict[tuple[str, str], Tensor]
+    others: dict[tuple[str, Hashable], Any]
+    used: set[str]
+
+    def keep(self, source: str, reader: Reader, outcome: Any) -> None:
+        """Take what a pass gave ``reader``."""
+        if isinstance(reader, FeatureReader):
+            self.features[source, reader.roles[0]] = outcome
+        else:
+            self.others[source, reader.key] = outcome
 
 
 class DefenderView:
@@ -326,12 +348,15 @@ class DefenderView:
         read_set(model, images, readers, self.mean, self.std, self.device)
         return [reader.outcome() for reader in readers]
 
-    def keep(self, source: str, reader: Reader, outcome: Any) -> None:
-        """Take what a shared pass gave ``reader``; the runner's."""
-        if isinstance(reader, FeatureReader):
-            self._features[source, reader.roles[0]] = outcome
-        else:
-            self._readings[source, reader.key] = outcome
+    def readings(self) -> Readings:
+        """What was read so far: for the next view of the same defense on the same grants; the runner's."""
+        return Readings(dict(self._features), dict(self._readings), set(self._used))
+
+    def go_on(self, earlier: Readings) -> None:
+        """Begin where an earlier view of the same defense on the same grants ended; the runner's."""
+        self._features.update(earlier.features)
+        self._readings.update(earlier.others)
+        self._used.update(earlier.used)
 
     def computed_features(self) -> dict[tuple[str, str], Tensor]:
         """The features held so far by (source, role): what the runner keeps for the next defense on the same model."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ import bbfast
 from bbfast import defenses
 from bbfast.attacks import AttackResult
 from bbfast.defenses import DefenderView, Defense, DefenseCard, DefenseResult, FeatureReader, Reader
+from bbfast.defenses import run as run_module
 from bbfast.errors import DataRequirementError, DetectionError, UnknownNameError
 
 SHARING = ("ac", "ss", "scan", "spectre")
@@ -23,11 +26,16 @@ def beatrix() -> Defense:
     return defenses.create("beatrix", stage="train")
 
 
+def asset() -> Defense:
+    return defenses.create("asset", epochs=1, discriminator_steps=2)
+
+
 def test_results_are_those_of_each_alone(digits_attack: AttackResult) -> None:
-    found = bbfast.detect_all(digits_attack, [*SHARING, beatrix()], seed=1, device="cpu")
-    assert list(found) == [*SHARING, "beatrix"]
-    alone = {name: defenses.create(name, **defenses.find(name).Config.detect_only) for name in SHARING}
-    for name, method in {**alone, "beatrix": beatrix()}.items():
+    methods = {name: defenses.create(name, **defenses.find(name).Config.detect_only) for name in SHARING}
+    methods |= {"beatrix": beatrix(), "asset": asset()}
+    found = bbfast.detect_all(digits_attack, methods.values(), seed=1, device="cpu")
+    assert list(found) == [*SHARING, "beatrix", "asset"]
+    for name, method in methods.items():
         expected = bbfast.defend(method, digits_attack, seed=1, device="cpu")
         assert expected.scores is not None and expected.flags is not None
         torch.testing.assert_close(found[name].scores, expected.scores, rtol=0, atol=0, equal_nan=True)
@@ -58,6 +66,41 @@ def test_every_set_is_read_once(digits_attack: AttackResult, monkeypatch: pytest
     for method in (*(defenses.create(n, **defenses.find(n).Config.detect_only) for n in quick), beatrix()):
         defenses.defend(method, digits_attack, device="cpu")
     assert sum(seen) == 4 * total + reserves
+
+
+def test_sets_are_held_once_however_many_detectors(
+    toy_attack: Callable[..., AttackResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: every detector's copy of the sets and of the model was alive from the first pass to its turn."""
+    held: list[weakref.ref[Any]] = []
+    peaks: list[int] = []
+
+    def counted(make: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*args: Any) -> Any:
+            thing = make(*args)
+            held.append(weakref.ref(thing))
+            peaks.append(sum(each() is not None for each in held))
+            return thing
+
+        return made
+
+    for name in ("_granted", "private_copy"):
+        monkeypatch.setattr(run_module, name, counted(getattr(run_module, name)))
+    attack = toy_attack(n=100)
+
+    def peak(*detectors: str | Defense) -> int:
+        held.clear()
+        peaks.clear()
+        with contextlib.suppress(DetectionError):
+            defenses.detect_all(attack, detectors, device="cpu")
+        return max(peaks)
+
+    alone = peak(defenses.create("scan", reserve_per_class=5))
+    assert alone == 3  # training set, reserve, model
+    scans = [defenses.create("scan", reserve_per_class=5) for _ in range(4)]
+    for number, scan in enumerate(scans):
+        scan.name = f"scan_{number}"  # type: ignore[misc]
+    assert peak(*scans, "ss", broken("readers"), broken("pass"), broken("run"), "spectre") == alone
 
 
 CARD = DefenseCard(

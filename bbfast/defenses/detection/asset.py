@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from bbfast.defenses.card import DefenseCard
 from bbfast.defenses.detection._frozen import Precision
 from bbfast.defenses.detection._inspected import demand_role, finite_features
 from bbfast.defenses.detection._outlyingness import adjusted_outlyingness, discriminate
+from bbfast.defenses.features import FeatureReader, Reader
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.training._abl_programs import sample_losses
 from bbfast.defenses.view import DefenderView
@@ -123,6 +124,9 @@ class Asset(Defense):
                 f"asset compares samples within a batch of at least 4, there are {len(view.poisoned_train)}"
             )
         demand_role(view)
+
+    def readers(self, view: DefenderView, source: str) -> Sequence[Reader]:
+        return [FeatureReader("penultimate")] if source in ("poisoned_train", "reserve") else ()
 
     def run(self, view: DefenderView) -> DefenseResult:
         self.check(view)
