@@ -13,7 +13,7 @@ from bbfast import defenses
 from bbfast.attacks.result import AttackResult
 from bbfast.data.imageset import ImageSet
 from bbfast.defenses.mitigation import ep
-from bbfast.defenses.mitigation._norms import Norms
+from bbfast.defenses.mitigation._norms import Norms, some
 from bbfast.defenses.mitigation.ep import EPConfig, histogram_entropy, standardised
 from bbfast.defenses.view import DataFacts, DefenderView, Grants
 from bbfast.errors import UnsupportedModelError
@@ -122,11 +122,22 @@ def test_the_channel_the_trigger_drives_is_pruned(toy_images: MakeImages) -> Non
     assert torch.equal(kept.norm.bias, Heaps().norm.bias)
 
 
-def test_the_order_of_the_training_set_does_not_matter(toy_images: MakeImages) -> None:
+@pytest.mark.parametrize("num_samples", [2048, 64])  # all of them, and some
+def test_the_order_of_the_training_set_does_not_matter(toy_images: MakeImages, num_samples: int) -> None:
     train = triggered(toy_images(200, 4))
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
-    a, b = (defenses.create("ep", u=1.0).run(view_of(Heaps(), t)).info for t in (train, train.subset(order)))
-    assert a == b and a["pruned"] > 0
+    ep = defenses.create("ep", u=1.0, num_samples=num_samples)
+    a, b = (ep.run(view_of(Heaps(), t)).info for t in (train, train.subset(order)))
+    assert a == b and a["pruned"] > 0 and a["samples"] == min(num_samples, 200)
+
+
+def test_some_samples_are_those_of_any_order(toy_images: MakeImages) -> None:
+    """Regression: they were drawn by position, so that above the cap another storage order was another sample."""
+    train = toy_images(50, 4)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    one, other = (some(t, 20, torch.Generator().manual_seed(1)) for t in (train, train.subset(order)))
+    assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels) and len(one) == 20
+    assert some(train, 50, torch.Generator()) is train and some(train, None, torch.Generator()) is train
 
 
 def test_some_samples_are_the_same_each_time(toy_images: MakeImages) -> None:

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from bbfast import ops
 from bbfast.data.imageset import ImageSet
+from bbfast.defenses._content import content_order
 from bbfast.defenses.features import normalised
 from bbfast.errors import DataRequirementError, UnsupportedModelError
 from bbfast.training.prediction import evaluating
@@ -193,10 +194,12 @@ def running_statistics(norms: Norms, method: str) -> tuple[Tensor, Tensor, Tenso
 
 
 def some(images: ImageSet, count: int | None, generator: torch.Generator) -> ImageSet:
-    """``count`` of the images, drawn without replacement; all of them in their order if there are no more, or None."""
+    """``count`` of the images, drawn without replacement over an order in which storage has no part; all of them as
+    they are if there are no more, or for None."""
     if count is None or count >= len(images):
         return images
-    return images.subset(torch.randperm(len(images), generator=generator)[:count])
+    order = content_order(images.images, images.labels)
+    return images.subset(order[torch.randperm(len(images), generator=generator)[:count].to(order.device)])
 
 
 def _pass(norms: Norms, images: ImageSet, batch_size: int, reduce: Callable[[int, Tensor], None]) -> None:
