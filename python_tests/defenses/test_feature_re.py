@@ -195,6 +195,31 @@ def test_patience_ends_a_class(toy_images: MakeImages) -> None:
     assert found.best.tolist() == [-5.0, 0.0] and found.last.tolist() == [0.0, 0.0]
 
 
+def test_verdict_and_mask_are_of_the_same_pass(toy_view: MakeView, toy_images: MakeImages) -> None:
+    """Regression: the score was the best pass's, the flipped mask the last one's."""
+    after: list[tuple[list[float], Tensor]] = []
+    real = FeatureInversion._score
+
+    def worse(self: FeatureInversion, active: Tensor, terms: Tensor, warm: bool) -> dict[str, Any]:
+        # Every pass but the first and the third of the masks' is spoiled.
+        terms[1] -= 9.0 * (self.epoch not in (3, 5))
+        row = real(self, active, terms, warm)
+        if not warm:
+            after.append((row["score"], self.masks.clone()))
+        return row
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureInversion, "_score", worse)
+        defense = defenses.create("feature_re", mitigate="always", **{**QUICK, "epochs": 5})
+        result = defense.run(toy_view(net(), clean=toy_images(40, 4), progress=False))
+    target = result.info["flipped_class"]
+    best = min(range(5), key=lambda i: after[i][0][target])
+    assert best in (0, 2) and result.info["statistic"] == -after[best][0][target]
+    factor = result.model.state_dict()["layer4.feature_factor"]  # type: ignore[union-attr]
+    assert torch.equal(factor, 1 - 2 * after[best][1][target])
+    assert not torch.equal(factor, 1 - 2 * after[-1][1][target])
+
+
 class Planted(nn.Module):
     """Features are eight patches' brightness; the last belongs to a trigger, and outweighs the others for class 2."""
 

@@ -87,6 +87,7 @@ class FeatureInversion:
         # Weights of the violated bounds: image, std, success.
         self._weights = torch.ones(3, k, device=classes.device)
         self.best = torch.full((k,), torch.inf, dtype=torch.float64)
+        self._best_raw = raw.clone()
         self.last = torch.full((k,), torch.inf, dtype=torch.float64)
         self._stale = torch.zeros(k, dtype=torch.int64)
         self.done = torch.zeros(k, dtype=torch.bool)
@@ -94,8 +95,13 @@ class FeatureInversion:
 
     @property
     def masks(self) -> Tensor:
-        """``[K, ...]`` in 0..1."""
+        """``[K, ...]`` in 0..1, after the last pass."""
         return squash(self._rows[-1])
+
+    @property
+    def best_masks(self) -> Tensor:
+        """``[K, ...]`` in 0..1, each after the pass that scored ``best``."""
+        return squash(self._best_raw)
 
     @property
     def mask_bound(self) -> int:
@@ -256,6 +262,8 @@ class FeatureInversion:
         self._weights[:, index] = torch.stack([*over, short]).to(self._weights)
         better = score < self.best[active]
         self.last[active] = score
+        improved = index[better.to(index.device)]
+        self._best_raw[improved] = self._rows[-1][improved]
         self.best[active] = torch.minimum(score, self.best[active])
         self._stale[active] = torch.where(better, 0, self._stale[active] + 1)
         if settings.patience is not None:
@@ -277,7 +285,8 @@ class FeatureInversion:
     def _state(self) -> dict[str, Tensor]:
         state = {f"{name}.{i}": value for name, group in self._groups().items() for i, value in enumerate(group)}
         counts = {"best": self.best, "last": self.last, "stale": self._stale, "done": self.done}
-        return state | counts | {"weights": self._weights, "epoch": torch.tensor(self.epoch)}
+        state |= {"weights": self._weights, "best_raw": self._best_raw}
+        return state | counts | {"epoch": torch.tensor(self.epoch)}
 
     def _load(self, state: dict[str, Tensor]) -> None:
         for name, group in self._groups().items():
@@ -286,6 +295,7 @@ class FeatureInversion:
         for target, name in ((self.best, "best"), (self.last, "last"), (self._stale, "stale"), (self.done, "done")):
             target.copy_(state[name])
         self._weights.copy_(state["weights"])
+        self._best_raw.copy_(state["best_raw"])
         self.epoch = int(state["epoch"])
 
 

@@ -101,9 +101,9 @@ class FeatureRE(Defense):
     ``score_threshold`` is a target. All classes are optimised in one batch
     (:class:`bbfast.defenses.mitigation._feature_inversion.FeatureInversion`).
 
-    Mitigation: the neurons in m of the lowest target are flipped, ``z -> (1 - m) z - m z``. No weight changes: the
-    model that comes back multiplies the layer's output by ``1 - 2 m`` (``<layer>.feature_factor``) and is saved and
-    loaded whole. Without a target the model comes back as it was.
+    Mitigation: the neurons in m of the lowest target, as m was after the pass that scored lowest, are flipped,
+    ``z -> (1 - m) z - m z``. No weight changes: the model that comes back multiplies the layer's output by ``1 - 2 m``
+    (``<layer>.feature_factor``) and is saved and loaded whole. Without a target the model comes back as it was.
 
     As a detector of models: ``info["statistic"]`` is minus the lowest score, ``info["threshold"]`` minus the threshold.
 
@@ -125,9 +125,11 @@ class FeatureRE(Defense):
             "class the steps are the same.",
             "The reference features of a step are of the same random images for all classes.",
             "Neurons are flipped only if a class is below the threshold (mitigate='always' flips those of the lowest).",
+            "The flipped mask is of the pass that scored lowest, as the verdict is; the authors flip the last pass's.",
         ),
     )
     Config = FeatureREConfig
+    version = 2  # 1 flipped the mask of the last pass
 
     def check(self, view: DefenderView) -> None:
         split_layer(view.model, "feature_re", self.config.layer)
@@ -158,7 +160,7 @@ class FeatureRE(Defense):
         order = sorted(range(len(chosen)), key=lambda i: (scores[i], chosen[i]))
         targets = [chosen[i] for i in order if scores[i] < config.score_threshold]
         flips = config.mitigate == "always" or (config.mitigate == "flagged" and bool(targets))
-        mask: Tensor = found.masks[order[0]].detach()
+        mask: Tensor = found.best_masks[order[0]].detach()
         if flips:
             models.add(model, "feature_factor", layer=layer, shape=tuple(mask.shape))
             model.get_submodule(layer).feature_factor.copy_(1 - 2 * mask)  # type: ignore[operator]
@@ -194,7 +196,8 @@ class FeatureRE(Defense):
         seed = view.derive_seed("inversion")
         loader = BatchLoader(clean, config.batch_size, seed=seed, augment=False, channels_last=numerics.channels_last)
         folder = view.checkpoint / "inversion" if view.checkpoint is not None else None
-        kept = Keeper(folder, model, clean, {**config.model_dump(mode="json"), "seed": seed, "layer": layer})
+        identity = {**config.model_dump(mode="json"), "seed": seed, "layer": layer, "version": self.version}
+        kept = Keeper(folder, model, clean, identity)
         with (
             evaluating(model),
             trainable(model, False),
