@@ -12,10 +12,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from bbfast.defenses.base import Defense, create, find
-from bbfast.defenses.features import Reader, read_set
+from bbfast.defenses.features import Apart, Reader, read_set
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.run import Population, build_view, check_run, check_seed, resolve_attack, run_and_judge
 from bbfast.defenses.view import DefenderView, Readings
@@ -139,7 +138,7 @@ class _Run:
         check_run(self.method, attack, view)
         self._read, self.draws = view.readings(), population.draws
 
-    def readers(self, source: str) -> list[_Apart]:
+    def readers(self, source: str) -> list[Apart]:
         """What the detector will read of ``source``; none after a failure."""
         if source not in self.method.card.needs or type(self.method).readers is Defense.readers:
             return []
@@ -149,9 +148,9 @@ class _Run:
             self.fail(error)
             return []
 
-    def _ask(self, source: str) -> list[_Apart]:
+    def _ask(self, source: str) -> list[Apart]:
         view, _ = self.view()
-        found = [_Apart(reader) for reader in self.method.readers(view, source)]
+        found = [Apart(reader) for reader in self.method.readers(view, source)]
         self._read = view.readings()
         return found
 
@@ -201,13 +200,13 @@ def _method(given: str | Defense) -> Defense:
 
 def _share(runs: Mapping[str, _Run], source: str) -> None:
     """One pass over each draw of ``source`` for all that read it."""
-    draws: dict[Hashable, list[tuple[_Run, _Apart]]] = {}
+    draws: dict[Hashable, list[tuple[_Run, Apart]]] = {}
     for run in runs.values():
         if run.failure is None:
             for reader in run.readers(source):
                 draws.setdefault(run.draws[source], []).append((run, reader))
     for taking in draws.values():
-        apart: dict[Hashable, _Apart] = {}
+        apart: dict[Hashable, Apart] = {}
         for _, reader in taking:
             apart.setdefault(reader.key, reader)
         view = taking[0][0].view()[0]
@@ -220,37 +219,3 @@ def _share(runs: Mapping[str, _Run], source: str) -> None:
         seconds = time.perf_counter() - clock
         for run in {id(run): run for run, _ in taking}.values():
             run.shared += seconds
-
-
-class _Apart(Reader):
-    """A reader whose failure does not end the pass for the others: it is raised by :meth:`outcome`."""
-
-    def __init__(self, wrapped: Reader) -> None:
-        self.wrapped = wrapped
-        self._failure: Exception | None = None
-        self._made: list[Any] = []
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        return self.wrapped.roles
-
-    @property
-    def key(self) -> Hashable:
-        return self.wrapped.key
-
-    def begin(self, total: int, device: torch.device) -> None:
-        self.wrapped.begin(total, device)
-
-    def batch(self, index: Tensor, found: Mapping[str, Tensor], logits: Tensor) -> None:
-        if self._failure is None:
-            try:
-                self.wrapped.batch(index, found, logits)
-            except Exception as error:
-                self._failure = error
-
-    def outcome(self) -> Any:
-        if self._failure is not None:
-            raise self._failure
-        if not self._made:
-            self._made.append(self.wrapped.outcome())
-        return self._made[0]

@@ -15,7 +15,7 @@ from bbfast import ops
 from bbfast.defenses._content import content_keys
 from bbfast.training.prediction import evaluating
 
-__all__ = ["FeatureCache", "FeatureReader", "Reader", "extract_features", "read_set"]
+__all__ = ["Apart", "FeatureCache", "FeatureReader", "Reader", "extract_features", "read_set"]
 
 
 PASS_BATCH = 256
@@ -85,6 +85,40 @@ class FeatureReader(Reader):
     def outcome(self) -> Tensor:
         assert self._kept is not None
         return self._kept
+
+
+class Apart(Reader):
+    """A reader whose failure does not end the pass for the others: it is raised by :meth:`outcome`."""
+
+    def __init__(self, wrapped: Reader) -> None:
+        self.wrapped = wrapped
+        self._failure: Exception | None = None
+        self._made: list[Any] = []
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return self.wrapped.roles
+
+    @property
+    def key(self) -> Hashable:
+        return self.wrapped.key
+
+    def begin(self, total: int, device: torch.device) -> None:
+        self.wrapped.begin(total, device)
+
+    def batch(self, index: Tensor, found: Mapping[str, Tensor], logits: Tensor) -> None:
+        if self._failure is None:
+            try:
+                self.wrapped.batch(index, found, logits)
+            except Exception as error:
+                self._failure = error
+
+    def outcome(self) -> Any:
+        if self._failure is not None:
+            raise self._failure
+        if not self._made:
+            self._made.append(self.wrapped.outcome())
+        return self._made[0]
 
 
 @torch.no_grad()
