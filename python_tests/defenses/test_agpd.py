@@ -259,14 +259,50 @@ def test_result_and_storage_order() -> None:
     assert torch.equal(rows(other)[1], flags[order])
 
 
+def test_classes_alike_have_no_target() -> None:
+    """Spec's acceptance of a clean model, at the default thresholds: classes whose gradients all go their own way."""
+    calls = []
+    for seed in range(3):
+        g, classes, n, d = generator(seed), 10, 300, 64
+        centres = normalize(torch.randn(classes, d, generator=g), dim=1)
+        layers = []
+        for spread in (0.02, 0.03, 0.02, 0.01):  # early to late; the last but one are where gap_threshold looks
+            clean = centres[:, None] + spread * torch.randn(classes, n, d, generator=g)
+            reference = (centres + spread * torch.randn(10, classes, d, generator=g).mean(dim=0)).double()
+            layers.append([class_gaps(clean[c], reference[c])[0] for c in range(classes)])
+        calls.append(find_targets(torch.tensor(layers).double())[2])
+    assert calls.count([]) >= 2, calls
+
+
+def even_view() -> DefenderView:
+    """As :func:`toy_view`, of a network that predicts every class."""
+    net, known, images = network(), pictures(40, 7), pictures(60)
+    with torch.no_grad():
+        index = torch.arange(len(known))
+        net.linear.bias -= net(ops.gather_augment(known, index, mean=MEAN, std=STD)).mean(dim=0)  # type: ignore[operator, union-attr]
+    truth = predictions(net, known)
+    assert len(truth.unique()) == 4
+    return view_with(net, (images, torch.arange(60) % 4), (known, truth))
+
+
 def test_no_target_no_flag(caplog: pytest.LogCaptureFixture) -> None:
+    """A threshold just above what the classes show flags nobody; just below it, the first of them is the target."""
+
+    def at(threshold: float) -> DefenseResult:
+        return defenses.create("agpd", anomaly_threshold=threshold, gap_threshold=2).run(even_view())
+
     with caplog.at_level(logging.WARNING, "bbfast.defenses.detection.agpd"):
-        result = defenses.create("agpd", anomaly_threshold=1e9, gap_threshold=2).run(toy_view())
+        anomaly = at(1e9).verdict["anomaly"]
     assert "outliers among fewer than 8" in caplog.text
-    scores, flags = rows(result)
-    assert not flags.any()
-    assert not result.verdict["backdoored"]
-    assert set(scores[~scores.isnan()].tolist()) <= {-1.0}
+    top = max(anomaly, key=anomaly.get)
+    above, below = at(anomaly[top] * 1.001), at(anomaly[top] * 0.999)
+    assert not rows(above)[1].any()
+    assert (above.verdict["backdoored"], above.verdict["targets"]) == (False, [])
+    assert set(rows(above)[0].tolist()) == {-1.0}
+    assert (below.verdict["backdoored"], below.verdict["targets"]) == (True, [top])
+    flags = rows(below)[1]
+    assert flags.any()
+    assert not flags[torch.arange(60) % 4 != top].any()
 
 
 def test_small_missing_constant_and_unknown_classes() -> None:
