@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,62 @@ def digits_attack() -> AttackResult:
     assert result.metrics["c_acc"] > 0.95, result.metrics
     assert result.metrics["asr"] > 0.95, result.metrics
     return result
+
+
+@pytest.fixture(scope="session")
+def all_to_all_attack() -> AttackResult:
+    """A corner patch on 30 % of made-up images moves each of eight classes to the next; learned in a second or two."""
+    from bbfast.evaluation import evaluate
+    from bbfast.training import train
+
+    classes, g = 8, torch.Generator().manual_seed(0)
+    looks = nn.functional.interpolate(torch.rand(classes, 3, 4, 4, generator=g), size=(12, 12), mode="bilinear")
+
+    def draw(n: int) -> ImageSet:
+        labels = torch.arange(n) % classes
+        pixels = 150 * looks[labels] + 40 + 45 * torch.randn(n, 3, 12, 12, generator=g)
+        return ImageSet(pixels.clamp(0, 255).to(torch.uint8), labels, mean=MEAN, std=STD)
+
+    def stamped(pixels: Tensor) -> Tensor:
+        pixels = pixels.clone()
+        pixels[:, :, -3:, -3:] = 255
+        pixels[:, :, -2, -2] = 0
+        return pixels
+
+    clean, test = draw(400), draw(160)
+    poisoned = torch.zeros(400, dtype=torch.bool)
+    poisoned[torch.randperm(400, generator=g)[:120]] = True
+    images, labels = clean.images.clone(), clean.labels.clone()
+    images[poisoned], labels[poisoned] = stamped(images[poisoned]), (labels[poisoned] + 1) % classes
+    given = ImageSet(images, labels, mean=MEAN, std=STD)
+    triggered = BackdoorSet(
+        stamped(test.images),
+        (test.labels + 1) % classes,
+        mean=MEAN,
+        std=STD,
+        ids=test.ids,
+        original_labels=test.labels,
+    )
+    recipe = Recipe(epochs=12, batch_size=32, lr=0.05, precision="fp32", augment=False, deterministic=True)
+    torch.manual_seed(0)
+    model = build("small_cnn", classes, (12, 12))
+    train(model, given, recipe, seed=0, device="cpu", progress=False)
+    metrics = evaluate(model.eval(), test, triggered, device="cpu")
+    assert metrics["c_acc"] > 0.9 and metrics["asr"] > 0.9, metrics
+    base = made_up_attack(model, n=16, n_test=8, classes=classes)
+    config = base.config | {"attack_config": {"label_mode": "all2all"}, "recipe": recipe.model_dump(mode="json")}
+    return dataclasses.replace(
+        base,
+        train=given,
+        poisoned=poisoned,
+        original_labels=clean.labels,
+        role=poisoned.to(torch.int8),
+        clean_images=clean.images[poisoned],
+        test=test,
+        backdoor_test=triggered,
+        metrics=metrics,
+        config=config,
+    )
 
 
 def gaussian_features(

@@ -200,6 +200,14 @@ def test_batch_and_order() -> None:
     assert masks(Planted(), images[:0]).shape == (0,)
 
 
+def test_batches_of_64_and_512() -> None:
+    """Spec's acceptance."""
+    images = torch.cat([pictures(500), triggered(pictures(100, 1))])
+    small, large = (masks(Planted(), images, steps=30, batch_size=size) for size in (64, 512))
+    assert len(small.unique()) > 500
+    assert stats.spearmanr(small, large).statistic > 0.999
+
+
 def test_bfloat16_keeps_triggered_and_clean_apart() -> None:
     images = torch.cat([pictures(20), triggered(pictures(10, 1))])
     exact = masks(Planted(), images, steps=30)

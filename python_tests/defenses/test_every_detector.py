@@ -79,6 +79,68 @@ def answer(defense: Defense, attack: AttackResult, folder: Path) -> DefenseResul
     return result
 
 
+# Looks for one target that stands out, as its documentation says: with every class a target there is none. (So do nc,
+# whose index says little with eight classes, feature_re and mm_bd, which this little work decides nothing of.)
+ONE_TARGET = {"scan", "beatrix"}
+
+
+# Half of all the time; the others are enough for each day.
+HEAVY = {"d_br", "feature_re", "mm_bd", "teco"}
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [pytest.param(*case.values, id=case.id, marks=[pytest.mark.slow] * (case.values[0] in HEAVY)) for case in every()],
+)
+def test_all_to_all(name: str, stage: str | None, all_to_all_attack: AttackResult, tmp_path: Path) -> None:
+    """Every class is a target: an answer from all, and no target from those that look for the odd one out."""
+    result = answer(make(name, stage), all_to_all_attack, tmp_path / "a")
+    assert result is not None, "refused an all-to-all attack"
+    if result.scores is not None:
+        assert result.scores.isfinite().all()
+    if name in ONE_TARGET:
+        assert result.verdict["backdoored"] is False and result.verdict["targets"] == []
+
+
+@pytest.mark.parametrize("name", ["ft", "clp"])
+def test_repairs_of_all_to_all(name: str, all_to_all_attack: AttackResult) -> None:
+    settings: dict[str, Any] = {"epochs": 2} if name == "ft" else {}
+    result = defenses.defend(defenses.create(name, **settings), all_to_all_attack, 0.2, device="cpu", progress=False)
+    # ASR is against the shifted labels, R-Acc against the own ones: no image counts twice.
+    assert result.metrics["asr_before"] > 0.9 and 0 <= result.metrics["asr"] + result.metrics["r_acc"] <= 1
+    assert result.metrics["c_acc"] > 0.8 and not result.verdict
+
+
+# On digits; the work is enough for the sign.
+SIGN: dict[str, dict[str, Any]] = {
+    "abl": {"tuning_epochs": 4},
+    "asset": {"epochs": 2, "discriminator_steps": 30},
+    "strip": {"overlays": 10},
+}
+# What its documentation says of these digits.
+BLIND = {
+    "agpd": "no class stands out in so small a network",
+    "cd": "a background of one colour, which the model has never seen, takes the whole image to mend",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("d_br", "spectre") else name
+        for name in defenses.available("detection")
+        if name not in BLIND
+    ],
+)
+def test_poison_is_the_more_suspicious(name: str, digits_attack: AttackResult) -> None:
+    """Higher scores are more suspicious: the sign that references get wrong."""
+    config = defenses.find(name).Config
+    own = {"stage": "train"} if "stage" in config.model_fields else {}
+    defense = defenses.create(name, **{**config.detect_only, **SIGN.get(name, {}), **own})
+    result = defenses.defend(defense, digits_attack, device="cpu", progress=False)
+    assert result.metrics["population"] == "train" and result.metrics["auroc"] > 0.5
+
+
 def relabelled(attack: AttackResult, labels: Tensor) -> AttackResult:
     return dataclasses.replace(attack, train=dataclasses.replace(attack.train, labels=labels))
 

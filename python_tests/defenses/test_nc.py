@@ -396,6 +396,55 @@ def test_not_flagged_means_not_touched(toy_attack: MakeAttack) -> None:
     assert result.metrics["der"] == 0.5 and result.metrics["backdoored"] == 0.0
 
 
+def test_what_comes_back_and_is_stored_is_the_repaired_model(toy_attack: MakeAttack, tmp_path: Path) -> None:
+    """Regression: the reference unlearns the trigger and then stores the weights that it began with."""
+    attack = toy_attack()
+    # A threshold that any class below the median passes.
+    forced = defenses.create("nc", inversion_epochs=2, unlearn_epochs=1, anomaly_threshold=1e-9)
+    result = defenses.defend(forced, attack, 0.3, device="cpu", progress=False)
+    assert result.verdict["backdoored"] and result.verdict["targets"] and result.model is not None
+    came, repaired = dict(attack.model.named_parameters()), dict(result.model.named_parameters())
+    assert came.keys() == repaired.keys()
+    assert not any(torch.equal(came[name], value) for name, value in repaired.items() if value.dim() > 1)
+    stored = defenses.DefenseResult.load(result.save(tmp_path / "nc")).model
+    assert stored is not None
+    assert all(torch.equal(value, repaired[name]) for name, value in stored.named_parameters())
+
+
+class Cornered(nn.Module):
+    """Class ``c`` is a bright row of blocks ``c``; most of nine white pixels in the corner make it class 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weights = torch.zeros(4, 12, 12)
+        for c in range(4):
+            weights[c, 2 * c : 2 * c + 2, :6] = 0.5
+        weights[2, -3:, -3:], weights[[0, 1, 3], -3:, -3:] = 0.4, -0.4
+        self.register_buffer("weights", weights.flatten(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.mean(dim=1).flatten(1), self.weights)  # type: ignore[arg-type]
+
+
+def test_the_mask_is_the_planted_patch() -> None:
+    g = torch.Generator().manual_seed(0)
+    pixels = torch.randint(60, 100, (40, 3, 12, 12), generator=g, dtype=torch.uint8)
+    labels = torch.arange(40) % 4
+    for i, c in enumerate(labels.tolist()):
+        pixels[i, :, 2 * c : 2 * c + 2, :6] = 220
+    images = ImageSet(pixels, labels, mean=(0.4,) * 3, std=(0.2,) * 3)
+    model = Cornered().eval()
+    (batch,) = BatchLoader(images, 40, augment=False, shuffle=False).epoch(0)
+    assert torch.equal(model(batch.x).argmax(dim=1), batch.y)
+    found = invert(model, images, torch.arange(4), dataclasses.replace(SETTINGS, inversion_epochs=40), seed=0)
+    patch = torch.zeros(12, 12, dtype=torch.bool)
+    patch[-3:, -3:] = True
+    mask = found.mask[2, 0] > 0.5
+    assert (mask & patch).sum() / (mask | patch).sum() > 0.5
+    sizes = found.mask.flatten(1).sum(dim=1)
+    assert sizes.argmin() == 2 and bool((found.success >= 0.98)[2])
+
+
 @pytest.mark.slow
 def test_on_the_digits(digits_attack: AttackResult, tmp_path: Path) -> None:
     """A planted 3x3 patch: the smallest mask is the target's, its anomaly above 2, and the model is repaired."""
