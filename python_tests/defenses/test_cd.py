@@ -204,7 +204,7 @@ def test_batches_of_64_and_512() -> None:
     """Spec's acceptance."""
     images = torch.cat([pictures(500), triggered(pictures(100, 1))])
     small, large = (masks(Planted(), images, steps=30, batch_size=size) for size in (64, 512))
-    assert len(small.unique()) > 500
+    assert len(small[:500].unique()) > 450  # no ties to hide behind
     assert stats.spearmanr(small, large).statistic > 0.999
 
 

@@ -70,8 +70,9 @@ class DBR(Defense):
     the poisoned share.
 
     *Removal*: ``rounds`` times, one pass of gradient ascent on the cross-entropy of the flagged samples, then one of
-    descent on the ``alpha_clean`` that moved least; one SGD optimiser for both, so that momentum goes across. The model
-    after the last round is returned; nothing is selected. ``rounds=0`` stops before it.
+    descent on the ``alpha_clean`` that moved least, both with the data set's crops and flips; one SGD optimiser for
+    both, so that momentum goes across. The model after the last round is returned; nothing is selected. ``rounds=0``
+    stops before it.
 
     **What it can see.** Triggers that a turn breaks more than it breaks the objects. Not those that survive turning (a
     blend over the whole image, an overall tint), least of all where turned objects are other objects: on digits blended

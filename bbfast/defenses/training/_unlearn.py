@@ -25,7 +25,11 @@ class Unlearned:
 
 
 def sgd_recipe(view: DefenderView, batch_size: int, weight_decay: float) -> Recipe:
-    """SGD with momentum 0.9 at a constant rate, augmented as the data set is; the rest is of the view's recipe."""
+    """SGD with momentum 0.9 at a constant rate, with the data set's crops and flips; the rest is of the view's recipe.
+
+    Crops and flips are the methods' own, as their papers have them: fine-tuning follows the attacked model's training
+    there (:mod:`bbfast.defenses.mitigation._finetune`), this does not.
+    """
     return (view.recipe or Recipe()).replace(
         batch_size=batch_size,
         optimizer="sgd",
