@@ -77,6 +77,7 @@ class BNP(Defense):
         ),
     )
     Config = BNPConfig
+    version = 2  # 1 drew some of many samples by their place in storage
 
     def check(self, view: DefenderView) -> None:
         running_statistics(Norms.find(view.model, self.name), self.name)

@@ -85,6 +85,7 @@ class EP(Defense):
         ),
     )
     Config = EPConfig
+    version = 2  # 1 drew some of many samples by their place in storage
 
     def check(self, view: DefenderView) -> None:
         Norms.find(view.model, self.name, self.config.norm)
