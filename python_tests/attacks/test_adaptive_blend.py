@@ -115,6 +115,7 @@ def test_bad_settings(make_set: MakeSet) -> None:
     assert [int((clipped.role == role).sum()) for role in (0, 1, 2)] == [0, 60, 40]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_backdoor_is_learned() -> None:
     """spec/attacks section 18: ASR > 60 % at .02 and .02."""

@@ -168,6 +168,7 @@ def test_bad_settings(tmp_path: Path) -> None:
             attacks.create("adaptive_patch", **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_backdoor_is_learned() -> None:
     """Digits are mostly black, where the black cells of ``checkers`` cannot be seen: the pair of gtsrb is tested.

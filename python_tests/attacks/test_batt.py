@@ -190,6 +190,7 @@ def test_bad_settings(make_set: MakeSet) -> None:
         attacks.create("batt", angle=0.5, benign_angle=0).poison(data)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_backdoor_is_learned() -> None:
     """spec/attacks section 24: ASR above 90 %; and what the benign rotations are for."""

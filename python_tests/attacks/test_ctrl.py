@@ -130,6 +130,7 @@ def test_gradients_reach_the_image() -> None:
     assert x.grad is not None and torch.equal(x.grad, torch.ones_like(x))
 
 
+@pytest.mark.slow
 def test_backdoor_is_learned_on_digits() -> None:
     """Dirty labels, no augmentation: with clean labels it was not learned on digits."""
     attack = attacks.create("ctrl", ratio=0.1, label_mode="all2one")

@@ -146,6 +146,7 @@ def test_gradients_reach_the_image() -> None:
     assert x.grad is not None and bool((x.grad.abs() > 0).any(dim=(1, 2, 3)).all())
 
 
+@pytest.mark.slow
 def test_backdoor_is_learned_on_digits() -> None:
     result = attacks.attack("fiba", datasets.load("digits"), "small_cnn", "quick", device="cpu", progress=False)
     assert result.metrics["c_acc"] >= 0.95 and result.metrics["asr"] >= 0.8

@@ -142,6 +142,7 @@ def test_gradients_reach_the_image() -> None:
     assert x.grad is not None and torch.equal(x.grad, torch.ones_like(x))
 
 
+@pytest.mark.slow
 def test_backdoor_is_learned_on_digits() -> None:
     """Without augmentation: with random crops the quick preset's few steps do not learn it."""
     recipe = Recipe.preset("quick", dataset="digits", model="small_cnn").replace(augment=False)

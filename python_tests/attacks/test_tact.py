@@ -102,6 +102,7 @@ def test_bad_settings(make_set: MakeSet, tmp_path: Path) -> None:
     assert [int((clipped.role == role).sum()) for role in (0, 1, 2)] == [70, 10, 20]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_backdoor_is_learned_for_the_source_class_alone() -> None:
     """spec/attacks section 17: source ASR > 90 %, others < 30 %."""

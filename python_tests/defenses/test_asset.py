@@ -176,6 +176,7 @@ def test_threshold_of_flat_densities() -> None:
 # -- the defense ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_suspects_end_with_high_losses(toy_images: MakeImages) -> None:
     """The sign: what stands out in the features is pushed up, and flagged."""
     data, reserve = toy_images(240, 4), toy_images(60, 4, seed=5)

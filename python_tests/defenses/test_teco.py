@@ -249,6 +249,7 @@ def test_architectures(name: str) -> None:
     assert bool(scores.isfinite().all())
 
 
+@pytest.mark.slow
 def test_on_digits_the_scores_are_upside_down(digits_attack: AttackResult) -> None:
     """A finding, not a wish: digits under noise, fog or light are predicted as the target, so a triggered image keeps
     its prediction under everything, and clean ones are uneven (docs/deviations_detection.md)."""

@@ -342,7 +342,12 @@ def tiny(name: str) -> dict[str, Any]:
     return {**{key: 1 for key in defaults if key.endswith(counted)}, **reserve}
 
 
-@pytest.mark.parametrize("name", defenses.available())
+LONG = ("mm_bd",)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in defenses.available()]
+)
 def test_no_peeking(toy_attack: MakeAttack, name: str) -> None:
     """It runs where the truth is not in memory, reads only what was declared, and gives the same bits as with another
     truth and the same data."""
