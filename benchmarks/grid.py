@@ -6,6 +6,7 @@ python benchmarks/grid.py
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bbfast import artifact
 from bbfast.bench import Index, LocalPool, load_grid, make_plan, pivot, run_plan
 from bbfast.bench.index import COLUMNS
 from bbfast.bench.outcomes import Outcome
@@ -82,15 +84,47 @@ def querying(records: int) -> None:
     )
 
 
+def reading(folders: int) -> None:
+    """A store of real folders: the table made from them, and asked again when nothing has changed."""
+    root = Path(tempfile.mkdtemp())
+    try:
+        attack = {
+            "data": {"name": "digits"},
+            "model": {"name": "small_cnn"},
+            "attack": "badnets",
+            "attack_config": {"ratio": 0.1},
+        }
+        config = {"attack": attack, "defense": "nc", "seed": 0}
+        first = root / "defense-nc-000000000000"
+        artifact.write(first, "defense", config=config, metrics={"c_acc": 0.9, "asr": 0.1})
+        for i in range(1, folders):
+            folder = root / f"defense-nc-{i:012x}"
+            folder.mkdir()
+            for path in first.iterdir():
+                os.link(path, folder / path.name)
+        times = []
+        for _ in range(2):
+            started = time.perf_counter()
+            with Index(Store(root)) as index:
+                index.refresh()
+                found = index.rows({"dataset": "digits", "attack": "badnets"})
+            times.append(time.perf_counter() - started)
+    finally:
+        shutil.rmtree(root)
+    print(f"{len(found)} folders of results: table made from them in {times[0]:.2f} s, asked again in {times[1]:.2f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", type=int, default=20_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--records", type=int, default=100_000)
+    parser.add_argument("--folders", type=int, default=50_000, help="a hard link's limit is 65,000")
     given = parser.parse_args()
     planning()
     running(given.cells, given.workers)
     querying(given.records)
+    reading(given.folders)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ __all__ = ["COLUMNS", "Index"]
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _VERSION = 2
+_STAGES = ("attack-", "defense-")
 _TEXT = (
     "folder",
     "stage",
@@ -100,16 +101,14 @@ class Index:
 
     def _refresh(self) -> dict[str, str]:
         known = dict(self._db.execute("SELECT folder, stamp FROM records"))
-        present = {entry.path.name: entry for entry in self._store.list() if entry.stage in ("attack", "defense")}
+        present = {name: stamp for name, stamp in self._store.stamps().items() if name.startswith(_STAGES)}
         damaged: dict[str, str] = {}
         rows = []
-        for name, entry in list(present.items()):
+        for name in [name for name, stamp in present.items() if known.get(name) != stamp]:
             try:
-                stamp = _stamp(entry.path)
-                if known.get(name) != stamp:
-                    rows.append((stamp, *_row(entry.path)))
+                rows.append((present[name], *_row(self._store.root / name)))
             except (BBFastError, OSError, KeyError, TypeError, ValueError) as error:
-                if artifact.exists(entry.path):
+                if artifact.exists(self._store.root / name):
                     damaged[name] = str(error)
                 else:
                     del present[name]  # removed, or put aside, since it was listed
@@ -147,8 +146,9 @@ class Index:
 
     def by_folder(self, folders: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The rows of some folders; those that are not there are left out."""
-        wanted = set(folders)
-        return {row["folder"]: row for row in self.rows() if row["folder"] in wanted}
+        query = f"SELECT {', '.join(COLUMNS)} FROM records WHERE folder IN (SELECT value FROM json_each(?))"
+        found = self._sure(lambda: self._db.execute(query, [json.dumps(list(folders))]).fetchall(), self._refresh)
+        return {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in found}
 
     def _sure(self, step: Callable[[], T], first: Callable[[], object] = lambda: None) -> T:
         """What ``step`` gives; a file that turns out to be damaged is made anew, then ``first`` and ``step`` again."""
@@ -205,12 +205,6 @@ class _OtherVersion(sqlite3.DatabaseError):
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
     # A file that is locked or may not be written is whole; text that is none is not.
     return not isinstance(error, sqlite3.OperationalError) or "UTF-8" in str(error)
-
-
-def _stamp(folder: Path) -> str:
-    """Changes when a folder is replaced by another."""
-    found = (folder / "manifest.json").stat()
-    return f"{found.st_ino} {found.st_mtime_ns} {found.st_size}"
 
 
 def _row(folder: Path) -> list[Any]:

@@ -45,14 +45,13 @@ def test_a_file_damaged_in_the_middle_is_made_anew(
     assert {row["status"] for row in grid_rows(made, store)} == {"done"}
 
 
-@pytest.mark.parametrize("when", ["_stamp", "_row"])
 def test_a_folder_that_goes_while_it_is_looked_at(
-    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another runner has put it aside: it is missing, and the run makes it anew."""
     made, store = plan(attacks=["badnets"]), Store(tmp_path)
     run_plan(made, store, bench_workers.Inline(tmp_path), progress=False)
-    real = getattr(module, when)
+    real = module._row
 
     def late(folder: Path) -> object:
         if folder.name.startswith("defense-nc"):
@@ -60,7 +59,7 @@ def test_a_folder_that_goes_while_it_is_looked_at(
         return real(folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, when, late)
+        patch.setattr(module, "_row", late)
         rows = grid_rows(made, store)
     assert [row["status"] for row in rows] == ["done", "done", "missing"]
     assert run_plan(made, store, bench_workers.Inline(tmp_path), progress=False).begun == 1
