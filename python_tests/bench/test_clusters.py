@@ -83,6 +83,9 @@ def test_slurm(plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     pool = SlurmPool(tmp_path, 2, cluster="local", work=bench_workers.dies_once)
     again = run_plan(made, Store(tmp_path), pool, progress=False, retry_failed=True)
     assert (again.done, again.failed, again.begun) == (3, 0, 1)
+    local = tmp_path / "local"
+    run_plan(made, Store(local), bench_workers.Inline(local), progress=False)
+    assert to_csv(grid_rows(made, Store(tmp_path))) == to_csv(grid_rows(made, Store(local)))
 
 
 def test_why_an_earlier_job_was_ended_is_not_why_a_later_one_is(tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,3 +105,32 @@ def test_a_defense_that_refuses_is_not_a_failure(plan: MakePlan, tmp_path: Path)
     first = step(made, tmp_path, keys[0], memory)
     out = step(made, tmp_path, keys[1], memory, first.folder)
     assert out.status == "not_applicable" and "the clean hold-out would have 0 images for 10 classes" in out.reason
+
+
+@pytest.mark.slow
+def test_a_command_killed_twenty_times_ends_as_if_never_killed(plan: MakePlan, tmp_path: Path) -> None:
+    """SIGKILL while real attacks are trained and real defenses at work; trainings go on from their checkpoints."""
+    grid: dict[str, Any] = {"datasets": ["digits"], "models": ["small_cnn"], "ratios": [0.05], "preset": "quick"}
+    grid |= {"attacks": ["badnets", "blended"], "defenses": ["none", "ft", "clp", "nc", "i_bau", "ac"]}
+    grid |= {"recipe": {"epochs": 12}, "device": "cpu"}
+    made = plan(**grid)
+    calm = Store(tmp_path / "calm")
+    calm.root.mkdir()
+    run_plan(made, calm, LocalPool(calm.root, 2, threads=1), progress=False)
+    grid_file, root = tmp_path / "grid.yaml", tmp_path / "killed"
+    grid_file.write_text(json.dumps(grid), encoding="utf-8")
+    command = [sys.executable, "-m", "bbfast.cli", "bench", "run", str(grid_file), "--store", str(root)]
+    moments, kills, under_way = random.Random(0), 0, 0
+    for _ in range(20):
+        process = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=8 + 10 * moments.random())
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+            under_way += any((root / ".work").glob("*/*"))
+    assert kills >= 5 and under_way >= 2
+    done = run_plan(made, Store(root), LocalPool(root, 2, threads=1), progress=False)
+    assert (done.done, done.failed) == (12, 0)
+    assert to_csv(grid_rows(made, Store(root))) == to_csv(grid_rows(made, calm))

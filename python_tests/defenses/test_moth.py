@@ -205,9 +205,9 @@ def test_result_settings_and_errors(toy_attack: MakeAttack, toy_view: MakeView, 
         defenses.create("moth").check(toy_view(net(), clean=images.subset(images.labels != 2)))
     broken = net()
     broken.linear.bias.fill_(torch.nan)  # type: ignore[union-attr, operator]
-    with pytest.raises(DivergedError, match="moth: the loss of a trigger for class 0 is not finite in step 0"):
+    with pytest.raises(DivergedError, match=r"moth, warm-up: the model's outputs are not finite"):
         defenses.create("moth", **QUICK).run(toy_view(broken, clean=images, progress=False))
-    with pytest.raises(DivergedError, match=r"moth, hardening: .* in step \d.*lower lr|loss of a trigger"):
+    with pytest.raises(DivergedError, match=r"moth, hardening.* step \d.*lower lr \(now 1e\+30\)"):
         defenses.create("moth", **QUICK, lr=1e30).run(toy_view(net(), clean=images, progress=False))
 
 
@@ -237,10 +237,10 @@ def test_a_killed_run_goes_on(
 
 @pytest.mark.slow
 def test_distances_grow_on_the_digits(digits_attack: AttackResult) -> None:
-    """The mean distance over pairs grows, measured alike before and after; the accuracy falls by 0.045 (seed 0)."""
+    """The mean distance over pairs grows, measured alike before and after; the accuracy falls by less than 0.02."""
     result = defenses.defend("moth", digits_attack, device="cpu", progress=False)
     assert result.model is not None
-    assert result.metrics["c_acc"] >= digits_attack.metrics["c_acc"] - 0.06
+    assert result.metrics["c_acc"] >= digits_attack.metrics["c_acc"] - 0.02
     test = digits_attack.test.subset(torch.arange(200))
     x, y = whole(test)
     pairs = torch.tensor([[s, t] for s in range(10) for t in range(10) if s != t])[::5]

@@ -110,7 +110,7 @@ def invert_pairs(
         start: First trigger of each, ``[P, 1 + C, H, W]`` in 0..1; None draws one uniformly.
 
     Raises:
-        DivergedError: if a loss stops being finite.
+        DivergedError: if a loss stops being finite, with advice; without any if the model's outputs are not finite.
 
     Source: Tao et al., Model Orthogonalization, IEEE S&P 2022, section IV; numbers as in backdoor-toolbox.
     """
@@ -155,9 +155,12 @@ def invert_pairs(
         adam_step(raw, grad, first, second, step + 1, settings.lr)
         size = shown[:, 0].flatten(1).sum(dim=1)
         if not bool(now.isfinite().all()):
+            which = int(wanted[~now.isfinite()][0])
+            if step == 0:
+                raise DivergedError(f"the model's outputs are not finite on the images of a trigger for class {which}")
             raise DivergedError(
-                f"moth: the loss of a trigger for class {int(wanted[~now.isfinite()][0])} is not finite in step {step} "
-                f"(lr {settings.lr:g})"
+                f"the loss of a trigger for class {which} is not finite in step {step} of its inversion",
+                f"lower trigger_lr (now {settings.lr:g})",
             )
         better = schedule.update((hits / count).cpu().double(), size.cpu().double()).to(device)
         where = better.view(-1, 1, 1, 1)
