@@ -7,13 +7,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from bbfast._hashing import sha256_json
 from bbfast._record import method_version
 from bbfast.bench.facts import Facts, refused
 from bbfast.bench.grid import NO_DEFENSE, DataEntry, Entry, Grid
+from bbfast.bench.identity import attack_identity, defense_identity
 from bbfast.bench.sources import attack_source, both, data_source
 from bbfast.store import Store
 
 __all__ = ["Cell", "Plan", "Task", "make_plan"]
+
+Method = tuple[Entry, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Task:
     """One stage: an attack, or a defense of one.
 
     Args:
-        key: 64 hexadecimal digits: hash of everything below.
+        key: 64 hexadecimal digits: hash of what the result will record, every default filled in, and of where the data
+            lie. When a default changes, so does the key.
         kind: ``attack`` or ``defense``.
         spec: What is to be done, plain JSON values.
         parent: Key of the attack that a defense needs.
@@ -110,6 +115,7 @@ def _cells(grid: Grid, tasks: dict[str, Task]) -> Iterator[Cell]:
     files = {a.label: attack_source(a) for a in grid.attacks}
     for data in grid.datasets:
         facts, here = Facts(data), data_source(data)
+        methods = {d.label: (d, _identity(d, data)) for d in grid.defenses if d.name != NO_DEFENSE}
         unfit = {(a.label, ratio): facts.unfit(a, ratio) for a in grid.attacks for ratio in grid.ratios}
         for model in grid.models:
             network = facts.network(model)
@@ -124,7 +130,8 @@ def _cells(grid: Grid, tasks: dict[str, Task]) -> Iterator[Cell]:
                             first = dataclasses.replace(first, source=both(here, files[attack.label]))
                             tasks[first.key] = first
                         for defense in grid.defenses:
-                            yield _cell(grid, where, first, reason, defense, refusals[defense.label], tasks)
+                            label = defense.label
+                            yield _cell(grid, where, first, reason or refusals[label], label, methods.get(label), tasks)
 
 
 def _cell(
@@ -132,24 +139,32 @@ def _cell(
     where: tuple[str, str, str, float, int],
     attack: Task | None,
     reason: str | None,
-    defense: Entry,
-    refused: str | None,
+    label: str,
+    method: Method | None,
     tasks: dict[str, Task],
 ) -> Cell:
-    if attack is None or refused is not None:
-        return Cell(*where, defense.label, None, reason or refused)
-    if defense.name == NO_DEFENSE:
+    if attack is None or reason is not None:
+        return Cell(*where, label, None, reason)
+    if method is None:
         return Cell(*where, NO_DEFENSE, attack.key)
-    task = _defense_task(grid, attack, defense)
+    task = _defense_task(grid, attack, *method)
     tasks[task.key] = task
-    return Cell(*where, defense.label, task.key)
+    return Cell(*where, label, task.key)
+
+
+def _identity(defense: Entry, data: DataEntry) -> str:
+    return sha256_json(defense_identity(defense.name, defense.settings, _entry(data)))
+
+
+def _entry(data: DataEntry) -> dict[str, Any]:
+    return {"name": data.name, "root": data.root, "options": data.options}
 
 
 def _attack_task(grid: Grid, data: DataEntry, model: str, attack: Entry, ratio: float, seed: int) -> Task:
     from bbfast.attacks.base import registry
 
     spec = {
-        "data": {"name": data.name, "root": data.root, "options": data.options},
+        "data": _entry(data),
         "model": model,
         "attack": {
             "name": attack.name,
@@ -162,11 +177,10 @@ def _attack_task(grid: Grid, data: DataEntry, model: str, attack: Entry, ratio: 
         "device": grid.device,
     }
     # Where it is computed is not part of what it is.
-    named = {key: value for key, value in spec.items() if key != "device"}
-    return Task(Store.key("attack_task", named), "attack", spec)
+    return Task(Store.key("attack_task", {**attack_identity(spec), "data": spec["data"]}), "attack", spec)
 
 
-def _defense_task(grid: Grid, attack: Task, defense: Entry) -> Task:
+def _defense_task(grid: Grid, attack: Task, defense: Entry, identity: str) -> Task:
     from bbfast.defenses import find
 
     spec = {
@@ -178,5 +192,5 @@ def _defense_task(grid: Grid, attack: Task, defense: Entry) -> Task:
         "clean_fraction": grid.clean_fraction,
         "seed": attack.spec["seed"],
     }
-    key = Store.key("defense_task", {"attack": attack.key, **spec})
+    key = Store.key("defense_task", {"attack": attack.key, "method": identity, "clean_fraction": grid.clean_fraction})
     return Task(key, "defense", {**attack.spec, **spec}, attack.key, attack.source)

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from bbfast._hashing import sha256_json
-from bbfast.bench.plan import Plan, Task
-from bbfast.bench.stages import recipe_for
+from bbfast.bench.identity import attack_identity, defense_identity
+from bbfast.bench.plan import Plan
 
 __all__ = ["recorded", "wanted"]
 
 
 def wanted(plan: Plan) -> set[str]:
     """What :func:`recorded` gives for the results of the plan's stages, of whatever version of their data."""
-    made = {key: _attack(task) for key, task in plan.tasks.items() if task.kind == "attack"}
+    made = {key: attack_identity(task.spec) for key, task in plan.tasks.items() if task.kind == "attack"}
     return {
-        sha256_json(made[key] if task.parent is None else _defense(task, made[task.parent]))
+        sha256_json(made[key] if task.parent is None else {"attack": made[task.parent], **_defense(task.spec)})
         for key, task in plan.tasks.items()
     }
+
+
+def _defense(spec: Mapping[str, Any]) -> dict[str, Any]:
+    method = defense_identity(spec["defense"]["name"], spec["defense"]["settings"], spec["data"])
+    return {**method, "clean_fraction": spec["clean_fraction"], "seed": spec["seed"]}
 
 
 def recorded(config: Mapping[str, Any]) -> str:
@@ -47,41 +51,3 @@ def _of_defense(config: Mapping[str, Any]) -> dict[str, Any]:
         **{key: config.get(key) for key in ("defense", "defense_config", "clean_fraction", "seed")},
         "version": config.get("defense_version", 1),
     }
-
-
-def _attack(task: Task) -> dict[str, Any]:
-    from bbfast import attacks
-
-    spec = task.spec
-    settings, data = dict(spec["attack"]["settings"]), _data_name(spec["data"])
-    control = {"ratio": 0.0, "count": None} if settings["ratio"] == 0 else {}
-    if control:
-        del settings["ratio"]
-    method = attacks.create(spec["attack"]["name"], **settings)
-    recipe = recipe_for(method, spec["preset"], data, spec["model"]).replace(**spec["recipe"])
-    return {
-        "attack": method.name,
-        "attack_config": {**method.config.model_dump(mode="json"), **control},
-        "recipe": recipe.model_dump(mode="json"),
-        "seed": spec["seed"],
-        "version": method.version,
-        "model": spec["model"],
-        "data": data,
-    }
-
-
-def _defense(task: Task, attack: Mapping[str, Any]) -> dict[str, Any]:
-    from bbfast import defenses
-
-    spec = task.spec
-    method = defenses.create(spec["defense"]["name"], **spec["defense"]["settings"]).for_dataset(attack["data"])
-    own = {"defense": method.name, "defense_config": method.config.model_dump(mode="json"), "version": method.version}
-    return {"attack": attack, **own, "clean_fraction": spec["clean_fraction"], "seed": spec["seed"]}
-
-
-def _data_name(spec: Mapping[str, Any]) -> str:
-    """What a data set is called once it is read: a file or folder of one's own is called by its name."""
-    if spec["name"] not in ("npz", "image_folder") or spec["root"] is None:
-        return str(spec["name"])
-    place = Path(spec["root"]).expanduser().absolute()
-    return str(spec["options"].get("dataset_name") or (place.stem if spec["name"] == "npz" else place.name))

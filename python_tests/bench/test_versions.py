@@ -65,3 +65,14 @@ def test_real_stages_of_two_versions(plan: MakePlan, tmp_path: Path, monkeypatch
     assert again[0] == after[0] and again[1] != after[1]
     out = perform({"kind": "attack", "spec": old.spec}, str(tmp_path), memory)
     assert out.status == "failed" and "has version 2 here, the runner planned version 1" in out.reason
+
+
+def test_a_default_that_changed_has_a_new_key(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one for a data set alone; and what is said aloud is the same stage as what is left to the default."""
+    first = plan()
+    config = defenses.find("nc").Config
+    told = {"name": "nc", "set": {"asr_threshold": config(**{}).for_dataset("digits").model_dump()["asr_threshold"]}}
+    assert set(plan(defenses=["none", "ft", told]).tasks) == set(first.tasks)
+    monkeypatch.setattr(config, "dataset_defaults", {"digits": {"asr_threshold": 0.5}})
+    changed = {place for place, key in places(plan()).items() if key not in first.tasks}
+    assert changed == {("badnets", "nc"), ("sig", "nc")}
