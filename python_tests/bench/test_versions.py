@@ -71,7 +71,7 @@ def test_a_default_that_changed_has_a_new_key(plan: MakePlan, monkeypatch: pytes
     """Also one for a data set alone; and what is said aloud is the same stage as what is left to the default."""
     first = plan()
     config = defenses.find("nc").Config
-    told = {"name": "nc", "set": {"asr_threshold": config(**{}).for_dataset("digits").model_dump()["asr_threshold"]}}
+    told = {"name": "nc", "set": {"asr_threshold": config().for_dataset("digits").model_dump()["asr_threshold"]}}
     assert set(plan(defenses=["none", "ft", told]).tasks) == set(first.tasks)
     monkeypatch.setattr(config, "dataset_defaults", {"digits": {"asr_threshold": 0.5}})
     changed = {place for place, key in places(plan()).items() if key not in first.tasks}
