@@ -10,6 +10,7 @@ import torch
 
 from bbfast import attacks, datasets
 from bbfast.attacks import AttackResult
+from bbfast.bench.presets import GRIDS
 from bbfast.bench.stages import attack_stage, recipe_for
 from bbfast.data import DataPair
 from bbfast.store import Store
@@ -17,14 +18,20 @@ from bbfast.training import Recipe
 
 __all__ = ["VARIANTS", "Setting", "arguments", "class_share", "make_attack"]
 
-_ADAM = {"optimizer": "adam", "lr": 0.003, "weight_decay": 0.0, "schedule": "cosine"}
+
+def _works(name: str, **more: Any) -> dict[str, Any]:
+    """The settings with which an attack works on the digits, those of the grid of that name."""
+    entry = next(each for each in GRIDS["digits-full"]["attacks"] if isinstance(each, dict) and each["name"] == name)
+    return {**entry.get("set", {}), **({"recipe": entry["recipe"]} if "recipe" in entry else {}), **more}
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
-    "adaptive_patch:logo and square": {"test_triggers": ("logo", "square")},
-    "blind:one pass": {"history": 50, "joint_forward": True},
-    "bpp:Adam": {"recipe": {**_ADAM, "epochs": 40}},
-    "ctrl:no crops, test 200": {"ratio": 0.09, "target": 8, "magnitude_test": 200, "recipe": {"augment": False}},
-    "ftrojan:no crops": {"recipe": {"augment": False}},
-    "input_aware:Adam": {"clean_train_epochs": 12, "recipe": {**_ADAM, "epochs": 60}},
+    "adaptive_patch:logo and square": _works("adaptive_patch"),
+    "blind:one pass": _works("blind"),
+    "bpp:Adam": _works("bpp"),
+    "ctrl:no crops, test 200": _works("ctrl", ratio=0.09),
+    "ftrojan:no crops": _works("ftrojan"),
+    "input_aware:Adam": _works("input_aware"),
     "lc:plain surrogate": {"surrogate_kind": "standard"},
     "lc:plain surrogate, eps 32, no crops": {
         "surrogate_kind": "standard",
@@ -37,14 +44,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "recipe": {"augment": False},
     },
     "lf:3 passes": {"passes": 3},
-    "lira:one pass, eps 26 levels": {"eps": 0.1, "eps_space": "unit", "joint_forward": True},
-    "narcissus:eps 64": {
-        "surrogate": "small_cnn",
-        "surrogate_preset": "quick",
-        "warmup_epochs": 0,
-        "rounds": 100,
-        "epsilon": 64,
-    },
+    "lira:one pass, eps 26 levels": _works("lira"),
+    "narcissus:eps 64": _works("narcissus"),
     "narcissus:small surrogate, no warm-up": {
         "surrogate": "small_cnn",
         "surrogate_preset": "quick",
@@ -52,24 +53,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rounds": 300,
     },
     "narcissus:small surrogate": {"surrogate": "small_cnn", "surrogate_preset": "quick"},
-    "poison_ink:quick encoder": {"encoder_preset": "quick"},
-    "refool:as the reference": {"compat": "reference"},
-    "sig:class 8, test 80": {"ratio": 0.08, "target": 8, "delta_test": 80},
-    "sleeper_agent:eps 64": {
-        "surrogate_preset": "quick",
-        "retrain_epochs": 15,
-        "retrain_every": 20,
-        "iterations": 60,
-        "epsilon": 64,
-    },
+    "poison_ink:quick encoder": _works("poison_ink"),
+    "refool:as the reference": _works("refool"),
+    "sig:class 8, test 80": _works("sig", ratio=0.08),
+    "sleeper_agent:eps 64": _works("sleeper_agent"),
     "sleeper_agent:quick surrogates": {"surrogate_preset": "quick"},
     "sleeper_agent:quick surrogates, no crops": {"surrogate_preset": "quick", "recipe": {"augment": False}},
-    "ssba:quick encoder": {"encoder_preset": "quick"},
+    "ssba:quick encoder": _works("ssba"),
     "tact:2 %": {"ratio": 0.02},
-    "tuap:eps 76": {"ratio": 0.08, "eps": 0.298},
+    "tuap:eps 76": _works("tuap", ratio=0.08),
     "tuap:eps 20": {"eps": 20 / 255},
     "tuap:eps 20, no crops": {"eps": 20 / 255, "recipe": {"augment": False}},
-    "wanet:s 1": {"s": 1.0, "random_rotation": 0, "random_crop": 2, "recipe": {**_ADAM, "epochs": 100}},
+    "wanet:s 1": _works("wanet"),
 }
 """``attack:variant`` to settings that differ from the attack's defaults, those of the recipe included. They were found
 on digits, by what they reach there: a row with one of them belongs beside the row of the defaults."""

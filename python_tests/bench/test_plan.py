@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bbfast import attacks, defenses
 from bbfast.bench import Plan, load_grid, make_plan
 from bbfast.bench.facts import Facts
 from bbfast.bench.failures import refusals
@@ -118,3 +119,9 @@ def test_wrong_options_of_a_data_set_are_told_at_once(plan: MakePlan) -> None:
 @pytest.mark.parametrize("name", ["smoke", "digits-full"])
 def test_presets_for_the_digits_have_no_gap(name: str) -> None:
     assert make_plan(load_grid(name)).not_applicable() == {}
+
+
+def test_the_grid_of_everything_on_the_digits_has_every_attack_and_defense() -> None:
+    cells = make_plan(load_grid("digits-full")).cells
+    assert {cell.attack for cell in cells} == set(attacks.available())
+    assert {cell.defense for cell in cells} == {"none", *defenses.available()}
