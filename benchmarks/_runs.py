@@ -30,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "blind:one pass": _works("blind"),
     "bpp:Adam": _works("bpp"),
     "ctrl:no crops, test 200": _works("ctrl", ratio=0.09),
-    "ftrojan:no crops": _works("ftrojan"),
+    "ftrojan:no crops": {"recipe": {"augment": False}},
     "input_aware:Adam": _works("input_aware"),
     "lc:plain surrogate": {"surrogate_kind": "standard"},
     "lc:plain surrogate, eps 32, no crops": {

@@ -55,7 +55,7 @@ _DIGITS_ATTACKS: list[str | dict[str, Any]] = [
     {"name": "bpp", "recipe": {**_ADAM, "epochs": 40}},
     {"name": "ctrl", "set": {"target": 8, "magnitude_test": 200}, "recipe": {"augment": False}},
     "fiba",
-    {"name": "ftrojan", "recipe": {"augment": False}},
+    {"name": "ftrojan", "recipe": {"augment": False, "epochs": 30}},
     {"name": "input_aware", "set": {"clean_train_epochs": 12}, "recipe": {**_ADAM, "epochs": 60}},
     "lc",
     "lf",
