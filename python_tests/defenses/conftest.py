@@ -104,7 +104,7 @@ def view_of(
     return DefenderView("test", needs, facts, Grants(model=held, clean=clean), **options)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def toy_attack() -> Callable[..., AttackResult]:
     """Makes attack results, see :func:`made_up_attack`."""
     return made_up_attack
