@@ -20,7 +20,7 @@ from bbfast.analysis import AnalysisResult
 from bbfast.analysis.run import run
 from bbfast.attacks import AttackResult
 from bbfast.bench.stages import Made, attack_stage, defense_stage, recipe_for
-from bbfast.cli._options import parse_settings
+from bbfast.cli._options import parse_settings, parse_settings_of
 from bbfast.defenses import DefenseResult
 from bbfast.errors import BBFastError
 from bbfast.store import Store
@@ -70,9 +70,8 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="settings of tools, TOOL.KEY=VALUE")
     given = parser.parse_args()
     settings = {name: dict(values) for name, values in SMALLER.items()}
-    for key, value in parse_settings(given.set, "--set").items():
-        tool, _, key = key.partition(".")
-        settings.setdefault(tool, {})[key] = value
+    for tool, values in parse_settings_of(given.set).items():
+        settings.setdefault(tool, {}).update(values)
 
     store, data = Store(given.store), datasets.load(given.dataset, given.root, **parse_settings(given.data, "--data"))
     attack = attacks.create(given.attack, ratio=0.1)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from bbfast.analysis.base import Tool, ToolCard, ToolConfig, available, create, find, info, register_tool
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.run import AnalysisResult, run
+from bbfast.analysis.several import Outcome, run_all
 from bbfast.analysis.subject import Pairs, Subject, View
 
 __all__ = [
     "AnalysisResult",
     "Numbers",
+    "Outcome",
     "Pairs",
     "Subject",
     "Tool",
@@ -22,4 +24,5 @@ __all__ = [
     "info",
     "register_tool",
     "run",
+    "run_all",
 ]

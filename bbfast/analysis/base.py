@@ -35,6 +35,8 @@ class ToolCard:
         paper: Source of the method; empty if there is none.
         extra: The extra of this package that it needs (``analysis``); empty if none.
         deviations: Departures from BackdoorBench's tool of that name, one sentence each.
+        quick: Its defaults cost a few passes over the test images at most, so seconds wherever those do: what
+            ``bbfast analyze quick`` runs.
     """
 
     title: str
@@ -42,6 +44,7 @@ class ToolCard:
     paper: str = ""
     extra: str = ""
     deviations: tuple[str, ...] = ()
+    quick: bool = False
 
 
 class ToolConfig(MethodConfig):

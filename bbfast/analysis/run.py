@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bbfast.attacks import AttackResult
     from bbfast.defenses import DefenseResult
 
-__all__ = ["AnalysisResult", "run"]
+__all__ = ["AnalysisResult", "look", "opened", "run"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,21 +74,46 @@ def run(
             attack; before any work.
         MissingExtraError: if it needs a package that is not installed.
     """
-    from bbfast.attacks import AttackResult
-    from bbfast.defenses import DefenseResult
     from bbfast.training.device import resolve_device
 
     tool = create(name, **options) if isinstance(name, str) else name
     if not isinstance(name, str) and options:
         raise TypeError("give either a tool or its settings by name, not both")
+    attack, defense = opened(attack_result, defense_result)
+    return look(tool, attack, defense, Path(out), resolve_device(device), figures)
+
+
+def opened(
+    attack_result: AttackResult | str | Path, defense_result: DefenseResult | str | Path | None
+) -> tuple[AttackResult, DefenseResult | None]:
+    """Both results, read if they are given as folders.
+
+    Raises:
+        DataRequirementError: if the defense was run on another attack.
+        ArtifactError: if a folder holds no such result.
+    """
+    from bbfast.attacks import AttackResult
+    from bbfast.defenses import DefenseResult
+
     attack = attack_result if isinstance(attack_result, AttackResult) else AttackResult.load(Path(attack_result))
     defense = DefenseResult.load(Path(defense_result)) if isinstance(defense_result, str | Path) else defense_result
     if defense is not None:
         _of_that_attack(defense.config.get("attack"), attack.config, str(defense.config.get("defense")))
-    where, folder = resolve_device(device), Path(out)
-    subject = Subject(attack, defense, where, tool.config.seed)
+    return attack, defense
+
+
+def look(
+    tool: Tool,
+    attack: AttackResult,
+    defense: DefenseResult | None,
+    folder: Path,
+    device: torch.device,
+    figures: bool,
+) -> AnalysisResult:
+    """What :func:`run` does with a tool and results at hand."""
+    subject = Subject(attack, defense, device, tool.config.seed)
     tool.check(subject)
-    gpus = [where.index or 0] if where.type == "cuda" else []
+    gpus = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(tool.config.seed)
         started = time.perf_counter()
@@ -101,7 +126,7 @@ def run(
         "caption": subject.caption(),
         "class_names": subject.class_names,
         "seconds": seconds,
-        "device": str(where),
+        "device": str(device),
         "versions": versions(),
     }
     figure = write_set(numbers, folder, tool.draw if figures else None)

@@ -13,7 +13,7 @@ from bbfast.cli._frame import UsageFailure
 if TYPE_CHECKING:
     from yaml import SafeLoader
 
-__all__ = ["Device", "Fresh", "Json", "Seed", "Settings", "merge_settings", "parse_settings"]
+__all__ = ["Device", "Fresh", "Json", "Seed", "Settings", "merge_settings", "parse_settings", "parse_settings_of"]
 
 Settings = Annotated[
     list[str],
@@ -65,6 +65,21 @@ def parse_settings(pairs: Iterable[str], option: str = "--set") -> dict[str, Any
         except yaml.YAMLError as error:
             raise UsageFailure(f"{option} {key}: the value must be YAML, got {text!r}") from error
     return settings
+
+
+def parse_settings_of(pairs: Iterable[str], option: str = "--set") -> dict[str, dict[str, Any]]:
+    """``["grad_cam.layer=stage2"]`` as a dict for each of several methods; values as of :func:`parse_settings`.
+
+    Raises:
+        UsageFailure: as there, or if a key does not say which method it is of.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in parse_settings(pairs, option).items():
+        name, dot, own = key.partition(".")
+        if not (name and dot and own):
+            raise UsageFailure(f"{option} for several takes NAME.KEY=VALUE, got {key!r}")
+        found.setdefault(name, {})[own] = value
+    return found
 
 
 def _loader() -> type[SafeLoader]:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from bbfast.analysis import Numbers
 from bbfast.analysis.tools.network_structure import NetworkStructure
 from bbfast.cli.app import app
+from bbfast.errors import DataRequirementError
 
 
 def _run(*arguments: object) -> Result:
@@ -103,6 +104,52 @@ def test_a_defenses_model_beside_the_defense(attack: Path, defense: Path) -> Non
     assert Numbers.load(Path(found["data"]).parent).meta["caption"].split(", ")[-2] == "clp"
 
 
+def test_several_tools(attack: Path, tmp_path: Path) -> None:
+    shown = _run("analyze", f"{TOOL},metrics", "--attack", attack, "--no-figures", "--set", "metrics.bins=4")
+    lines = [line.split() for line in shown.stdout.splitlines()]
+    assert shown.exit_code == 0 and [(line[0], line[2]) for line in lines] == [(TOOL, "s"), ("metrics", "s")]
+    folders = [Path(line[3]) for line in lines]
+    assert folders[0] == attack.parent / "analysis" / attack.name / TOOL
+    assert folders[1].parent == folders[0].parent and folders[1].name.startswith("metrics-")
+    assert Numbers.load(folders[1]).meta["options"]["bins"] == 4
+    _run("analyze", f"{TOOL},metrics", "--attack", attack, "--no-figures", "--out", tmp_path)
+    assert _names(tmp_path) == {TOOL, "metrics"} and _names(tmp_path / TOOL) == NUMBERS
+
+
+def test_quick_skips_goes_on_and_fails_at_the_end(
+    attack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Empty(DataRequirementError):
+        pass
+
+    def refuse(error: Exception) -> Any:
+        def check(*_: Any) -> None:
+            raise error
+
+        return check
+
+    monkeypatch.setattr("bbfast.analysis.several.available", lambda: ["feature_map", "metrics", TOOL, "tsne"])
+    monkeypatch.setattr("bbfast.analysis.tools.feature_map.FeatureMap.check", refuse(Empty("there is nothing")))
+    flags = ("analyze", "quick", "--attack", attack, "--no-figures", "--out", tmp_path)
+    found = _run(*flags, "--json")
+    said = json.loads(found.stdout)
+    assert found.exit_code == 0 and [(one["tool"], one["status"]) for one in said] == [
+        ("feature_map", "skipped"),
+        ("metrics", "done"),
+        (TOOL, "done"),
+    ]
+    assert said[0]["why"] == "there is nothing" and said[1]["data"] == str(tmp_path / "metrics" / "numbers.npz")
+    monkeypatch.setattr("bbfast.analysis.tools.metrics.Metrics.check", refuse(RuntimeError("a bug")))
+    failed = _run(*flags)
+    assert failed.exit_code == 1 and "1 of 3 tools failed: metrics" in failed.stderr
+    words = [" ".join(line.split()) for line in failed.stdout.splitlines()]
+    assert words[:2] == ["feature_map skipped: there is nothing", "metrics failed: RuntimeError: a bug"]
+    assert words[2].startswith(TOOL)
+    by_name = _run("analyze", f"{TOOL},feature_map", "--attack", attack, "--no-figures", "--out", tmp_path / "b")
+    assert by_name.exit_code == 1 and by_name.stderr == "error: there is nothing\n"
+    assert _names(tmp_path / "b") == {TOOL}
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -110,6 +157,9 @@ def test_a_defenses_model_beside_the_defense(attack: Path, defense: Path) -> Non
         (("metrics", "--set", "sede=1"), 2, "unknown setting 'sede'; did you mean seed"),
         (("metrics", "--set", "seed=-1"), 2, "seed: "),
         (("metrics", "--device", "toaster"), 2, "toaster"),
+        (("metrics,confusion_matrx",), 2, "did you mean 'confusion_matrix'"),
+        (("metrics,tsne", "--set", "seed=1"), 2, "--set for several takes NAME.KEY=VALUE, got 'seed'"),
+        (("quick", "--set", "tsne.seed=1"), 2, "settings of tsne, which is not among the tools"),
         (
             ("grad_cam", "--set", "layer=layer9"),
             1,

@@ -69,6 +69,7 @@ class ActivatedImages(Tool):
             "which view=bd_train gives.",
             "The figure shows twelve neurons.",
         ),
+        quick=True,
     )
     Config = ActivatedImagesConfig
 

@@ -70,6 +70,7 @@ class ActivationDistribution(Tool):
             "Images come from the test set, a tenth of it triggered; BackdoorBench's are the poisoned training set, "
             "which view=bd_train gives.",
         ),
+        quick=True,
     )
     Config = ActivationDistributionConfig
 

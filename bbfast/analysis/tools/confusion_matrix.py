@@ -42,6 +42,7 @@ class ConfusionMatrix(Tool):
             "Rows are true classes in both matrices; BackdoorBench's are the labels given, so that triggered images "
             "fill a single row.",
         ),
+        quick=True,
     )
     Config = ToolConfig
 

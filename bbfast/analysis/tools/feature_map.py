@@ -59,6 +59,7 @@ class FeatureMap(Tool):
             "Channels are sorted by how far they differ, and 64 are shown.",
             "Maps are kept in float32, so that they equal the layer's output.",
         ),
+        quick=True,
     )
     Config = FeatureMapConfig
 

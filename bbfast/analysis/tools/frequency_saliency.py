@@ -66,6 +66,7 @@ class FrequencySaliency(Tool):
             "The model and the images are left as they are; BackdoorBench freezes the one and reshapes the others.",
             "The share of the DCT coefficients is measured besides that of the Fourier coefficients.",
         ),
+        quick=True,
     )
 
     class Config(ToolConfig):

@@ -93,6 +93,7 @@ class GradCAM(Tool):
             "Clean and triggered versions of the same images are shown; BackdoorBench shows unrelated ones.",
             "The share of the map on the trigger is measured over 500 pairs; BackdoorBench measures nothing.",
         ),
+        quick=True,
     )
 
     class Config(ToolConfig):

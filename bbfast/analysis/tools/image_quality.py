@@ -120,6 +120,7 @@ class ImageQuality(Tool):
             "FID and LPIPS are left out, as their networks are downloads.",
             "SSIM is missing (NaN) for images smaller than its window.",
         ),
+        quick=True,
     )
     Config = ImageQualityConfig
 

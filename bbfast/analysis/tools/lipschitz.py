@@ -70,6 +70,7 @@ class Lipschitz(Tool):
             "Norms of whole layers and the comparison with the change by the trigger are added.",
             "In the figure each layer has the full height.",
         ),
+        quick=True,
     )
     Config = LipschitzConfig
 

@@ -90,6 +90,7 @@ class Metrics(Tool):
             "DER and RIR come from the rates alone; BackdoorBench's helpers for predictions add the accuracy drop.",
             "Figures by class and the calibration error are added.",
         ),
+        quick=True,
     )
     Config = MetricsConfig
 

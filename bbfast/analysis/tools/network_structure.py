@@ -95,6 +95,7 @@ class NetworkStructure(Tool):
             "A table and its figure instead of a graph of nodes, which needs the graphviz program.",
             "A defended model is compared with the attacked one, layer by layer.",
         ),
+        quick=True,
     )
     Config = ToolConfig
 

@@ -67,6 +67,7 @@ class NeuronActivation(Tool):
             "Statistics of the difference of each pair are added.",
             "The poison indicator of the data is left as it is; BackdoorBench overwrites it.",
         ),
+        quick=True,
     )
     Config = NeuronActivationConfig
 

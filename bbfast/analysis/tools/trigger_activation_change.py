@@ -66,6 +66,7 @@ class TriggerActivationChange(Tool):
             "In the figure each layer has the full height, and lines below show its largest change.",
             "The overlap with the channels of the largest Lipschitz bound is found in the tool lipschitz.",
         ),
+        quick=True,
     )
     Config = TriggerActivationChangeConfig
 
