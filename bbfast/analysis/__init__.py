@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bbfast.analysis.base import Tool, ToolCard, ToolConfig, available, create, find, info, register_tool
+from bbfast.analysis.compare import compare
 from bbfast.analysis.numbers import Numbers
 from bbfast.analysis.run import AnalysisResult, run
 from bbfast.analysis.several import Outcome, run_all
@@ -19,6 +20,7 @@ __all__ = [
     "ToolConfig",
     "View",
     "available",
+    "compare",
     "create",
     "find",
     "info",

@@ -73,6 +73,8 @@ class Tool(Method, ABC):
     noun = "analysis tool"
     card: ClassVar[ToolCard]
     Config: ClassVar[type[ToolConfig]] = ToolConfig
+    shared_axes: ClassVar[bool] = True
+    """Places in the figures of two results mean the same, so that a comparison may give them the same limits."""
 
     def check(self, subject: Subject) -> None:
         """Refuse what the tool cannot look at, before any work.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["CLEAN", "OTHER", "POISONED", "TARGET", "class_colours", "figure", "legend", "short_name"]
+__all__ = ["CLEAN", "OTHER", "POISONED", "TARGET", "class_colours", "figure", "legend", "put_caption", "short_name"]
 
 CLEAN, POISONED, TARGET, OTHER = "#2166AC", "#D6604D", "#FDB863", "#9E9E9E"
 """Clean, triggered, the target class, everything else. Sequential maps: ``Blues``, ``Oranges``, ``viridis``; signed:
@@ -44,8 +44,12 @@ def figure(width: float, height: float, caption: str = "") -> Iterator[Figure]:
         made.house = _STYLE
         yield made
         if caption:
-            lines = textwrap.fill(caption, max(30, int(width * 14)))
-            made.supxlabel(lines, fontsize=9, color="#555555")
+            put_caption(made, caption)
+
+
+def put_caption(made: Figure, words: str) -> None:
+    """``words`` below a figure, in lines of its width; instead of those that are there."""
+    made.supxlabel(textwrap.fill(words, max(30, int(made.get_figwidth() * 14))), fontsize=9, color="#555555")
 
 
 def legend(owner: Any, handles: Sequence[Any], words: Sequence[str], **where: Any) -> Any:

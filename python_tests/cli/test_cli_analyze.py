@@ -116,6 +116,23 @@ def test_several_tools(attack: Path, tmp_path: Path) -> None:
     assert _names(tmp_path) == {TOOL, "metrics"} and _names(tmp_path / TOOL) == NUMBERS
 
 
+def test_side_by_side(attack: Path, defense: Path, tmp_path: Path) -> None:
+    flags = ("--attack", attack, "--compare", defense)
+    found = json.loads(_run("analyze", TOOL, *flags, "--no-figures", "--json").stdout)
+    assert [one["run"] for one in found] == [attack.name, defense.name, None]
+    home = attack.parent / "analysis"
+    assert Path(found[1]["data"]).parent == home / defense.name / TOOL
+    place = Path(found[2]["data"]).parent
+    assert place.parent == home / attack.name and place.name.startswith(f"compare-{TOOL}-")
+    assert len(Numbers.load(place).summary["parameters"]) == 2 and _names(place) == NUMBERS
+    shown = _run("analyze", TOOL, *flags, "--compare", attack, "--no-figures", "--out", tmp_path)
+    assert shown.exit_code == 0 and shown.stdout.splitlines()[-1].split("  ")[-1] == str(tmp_path / "compare" / TOOL)
+    assert _names(tmp_path) == {attack.name, defense.name, "compare"}
+    assert len(Numbers.load(tmp_path / "compare" / TOOL).meta["compared"]) == 3
+    missing = _run("analyze", TOOL, "--attack", attack, "--compare", tmp_path / "none")
+    assert missing.exit_code == 1 and "none" in missing.stderr
+
+
 def test_quick_skips_goes_on_and_fails_at_the_end(
     attack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,7 @@ class TSNE(Tool):
     Source: van der Maaten and Hinton, JMLR 9, 2008.
     """
 
+    shared_axes = False
     card = ToolCard(
         title="t-SNE",
         question="Do triggered samples form a cluster of their own in the features, and next to which class?",

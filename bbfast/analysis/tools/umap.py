@@ -44,6 +44,7 @@ class UMAP(Tool):
     Source: McInnes, Healy and Melville, arXiv 1802.03426.
     """
 
+    shared_axes = False
     card = ToolCard(
         title="UMAP",
         question="Where do triggered samples lie in the features of a whole data set?",
