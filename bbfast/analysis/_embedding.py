@@ -50,7 +50,7 @@ def sample(subject: Subject, view: str, n: int | None, c_sub: int) -> View:
         others = others[~torch.isin(others, wanted)] if len(wanted) <= c_sub else others[:0]
         kept = torch.cat([wanted, others])[:c_sub]
         whole = whole.take((whole.poisoned | torch.isin(whole.labels, kept)).nonzero().flatten())
-    return whole if n is None or n >= len(whole) else whole.take(subject._balanced(whole, n, view))
+    return subject.some_of(whole, n, view)
 
 
 def features(subject: Subject, layer: str, images: Tensor, tool: str = "an embedding") -> Tensor:

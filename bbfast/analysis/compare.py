@@ -68,7 +68,7 @@ def compare(
             "tool": tool.name,
             "options": parts[0].meta["options"],
             "compared": [
-                {"caption": name, "analysis": folder.name} for name, folder in zip(names, folders, strict=True)
+                {"caption": name, "result": part.meta.get("result")} for name, part in zip(names, parts, strict=True)
             ],
             "shared": shared,
             "versions": versions(),

@@ -16,13 +16,14 @@ from bbfast.analysis.base import Tool, create
 from bbfast.analysis.files import write_set
 from bbfast.analysis.numbers import ARRAYS, Numbers
 from bbfast.analysis.subject import Subject
+from bbfast.defenses._measure import peak_memory
 from bbfast.errors import DataRequirementError
 
 if TYPE_CHECKING:
     from bbfast.attacks import AttackResult
     from bbfast.defenses import DefenseResult
 
-__all__ = ["AnalysisResult", "look", "opened", "run"]
+__all__ = ["AnalysisResult", "look", "name_of", "opened", "run"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,7 @@ def run(
     *,
     device: str | torch.device = "auto",
     figures: bool = True,
+    result: str | None = None,
     **options: Any,
 ) -> AnalysisResult:
     """Look at a model with a tool.
@@ -66,6 +68,7 @@ def run(
         out: Folder of the figure and the numbers; made if missing, an analysis in it is replaced as a whole.
         device: Where to compute.
         figures: Draw the figure.
+        result: Name of the result that is looked at, for the record; that of its folder if it is given as one.
         **options: Settings of the tool, if it is given by name.
 
     Raises:
@@ -80,7 +83,14 @@ def run(
     if not isinstance(name, str) and options:
         raise TypeError("give either a tool or its settings by name, not both")
     attack, defense = opened(attack_result, defense_result)
-    return look(tool, attack, defense, Path(out), resolve_device(device), figures)
+    result = result or name_of(attack_result, defense_result)
+    return look(tool, attack, defense, Path(out), resolve_device(device), figures, result)
+
+
+def name_of(attack_result: AttackResult | str | Path, defense_result: DefenseResult | str | Path | None) -> str | None:
+    """Name of the folder of the result that is looked at; None if it is given as what was read from it."""
+    looked_at = attack_result if defense_result is None else defense_result
+    return Path(looked_at).resolve().name if isinstance(looked_at, str | Path) else None
 
 
 def opened(
@@ -109,12 +119,14 @@ def look(
     folder: Path,
     device: torch.device,
     figures: bool,
+    result: str | None,
 ) -> AnalysisResult:
     """What :func:`run` does with a tool and results at hand."""
     subject = Subject(attack, defense, device, tool.config.seed)
     tool.check(subject)
+    subject.taken.clear()
     gpus = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus):
+    with torch.random.fork_rng(devices=gpus), peak_memory(device) as memory:
         torch.manual_seed(tool.config.seed)
         started = time.perf_counter()
         numbers = tool.measure(subject)
@@ -123,9 +135,12 @@ def look(
         **numbers.meta,
         "tool": tool.name,
         "options": tool.config.model_dump(mode="json"),
+        "result": result,
+        "ids_sha256": subject.taken.sha256(),
         "caption": subject.caption(),
         "class_names": subject.class_names,
         "seconds": seconds,
+        "peak_bytes": memory.bytes,
         "device": str(device),
         "versions": versions(),
     }

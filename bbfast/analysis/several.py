@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from bbfast.analysis.base import Tool, available, create, find
-from bbfast.analysis.run import AnalysisResult, look, opened
+from bbfast.analysis.run import AnalysisResult, look, name_of, opened
 from bbfast.errors import ConfigError, DataRequirementError, MissingExtraError, UnknownNameError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def run_all(
     device: str | torch.device = "auto",
     figures: bool = True,
     skip: bool | None = None,
+    result: str | None = None,
     say: Callable[[Outcome], None] = lambda _: None,
 ) -> list[Outcome]:
     """Look at a model with several tools.
@@ -103,6 +104,7 @@ def run_all(
         skip: A tool that does not apply to this model or data, or whose package is missing, is skipped, and one that
             fails does not stop the others; by default with ``all`` and ``quick`` alone. Otherwise the first error ends
             it, and what was done before stays.
+        result: Name of the result that is looked at, for the record; that of its folder if it is given as one.
         say: Called after each tool.
 
     Returns:
@@ -120,12 +122,13 @@ def run_all(
         raise TypeError("give either tools or their settings by name, not both")
     tools = given or planned([str(name) for name in names] if not isinstance(names, str) else names, settings)
     lenient = names in GROUPS if skip is None else skip
+    result = result or name_of(attack_result, defense_result)
     attack, defense = opened(attack_result, defense_result)
     where, found = resolve_device(device), []
     for tool in tools:
         folder = out(tool) if callable(out) else Path(out) / tool.name
         try:
-            outcome = Outcome(tool, "done", folder, look(tool, attack, defense, folder, where, figures))
+            outcome = Outcome(tool, "done", folder, look(tool, attack, defense, folder, where, figures, result))
         except Exception as error:
             if not lenient:
                 raise

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bbfast.analysis._named import find_layer
+from bbfast.analysis.views import Pairs, Taken, View
 from bbfast.data.loader import derive_seed
 from bbfast.defenses.features import normalised
 from bbfast.defenses.view import private_copy
@@ -24,54 +25,6 @@ __all__ = ["POISONED", "Pairs", "Subject", "View"]
 
 POISONED = 0.1
 """Share of triggered images in the view ``mixed``."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class View:
-    """Some images and what is known of them.
-
-    Args:
-        images: uint8 ``[n, C, H, W]``.
-        labels: True classes, int64 ``[n]``.
-        given: Labels that they carry for the learner or the attacker, int64 ``[n]``.
-        poisoned: Whether they carry the trigger, bool ``[n]``.
-        ids: Which samples of their set they are, int64 ``[n]``.
-    """
-
-    images: Tensor
-    labels: Tensor
-    given: Tensor
-    poisoned: Tensor
-    ids: Tensor
-
-    def __len__(self) -> int:
-        return self.images.shape[0]
-
-    def take(self, index: Tensor) -> View:
-        """The samples ``index``."""
-        return View(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Pairs:
-    """The same test images without and with the trigger.
-
-    Args:
-        clean: uint8 ``[n, C, H, W]``.
-        triggered: The same images with the trigger, as the backdoor test set has them.
-        labels: True classes, int64 ``[n]``.
-        targets: What the attacker wants, int64 ``[n]``.
-        ids: Sample numbers in the test set, int64 ``[n]``.
-    """
-
-    clean: Tensor
-    triggered: Tensor
-    labels: Tensor
-    targets: Tensor
-    ids: Tensor
-
-    def __len__(self) -> int:
-        return self.clean.shape[0]
 
 
 class Subject:
@@ -99,6 +52,8 @@ class Subject:
             raise DataRequirementError(f"analysis needs a model, and {what}")
         self.attack, self.defense, self.device, self.seed = attack, defense, device, seed
         self.model = private_copy(model, device).requires_grad_(False)
+        self.taken = Taken()
+        """What :meth:`pairs` and :meth:`view` handed out."""
 
     @property
     def attacked_model(self) -> nn.Module:
@@ -149,6 +104,7 @@ class Subject:
         place = {number: i for i, number in enumerate(test.ids.tolist())}
         rows = torch.tensor([place[number] for number in bad.ids.tolist()])
         chosen = self._some(len(bad), n, "pairs")
+        self.taken.add("pairs", bad.ids[chosen])
         return Pairs(
             test.images[rows[chosen]],
             bad.images[chosen],
@@ -172,8 +128,13 @@ class Subject:
         made = self._views().get(name)
         if made is None:
             raise UnknownNameError("view", name, list(self._views()))
-        whole = made()
-        return whole if n is None or n >= len(whole) else whole.take(self._balanced(whole, n, name))
+        return self.some_of(made(), n, name)
+
+    def some_of(self, whole: View, n: int | None, name: str) -> View:
+        """``n`` samples of a view, as :meth:`view` chooses them; all if None."""
+        found = whole if n is None or n >= len(whole) else whole.take(self._balanced(whole, n, name))
+        self.taken.add(name, found.ids)
+        return found
 
     def _views(self) -> Mapping[str, Callable[[], View]]:
         return {

@@ -99,6 +99,7 @@ def analyze_many(
             device=device,
             figures=figures,
             skip=skip,
+            result=run.folder.name,
             say=lambda found: say(found.tool.name, _words(found)),
         ):
             said.append({"run": run.folder.name, **_plain(found)} if compared else _plain(found))

@@ -78,7 +78,9 @@ def register(app: typer.Typer) -> None:
             return
         (run,), (tool,) = runs, tools
         place = several.beside(run.folder, tool) if out is None else out.expanduser()
-        found = analysis.run(tool, run.attack, run.defense, place, device=device, figures=figures)
+        found = analysis.run(
+            tool, run.attack, run.defense, place, device=device, figures=figures, result=run.folder.name
+        )
         if json:
             said: dict[str, Any] = {
                 "tool": tool.name,

@@ -80,7 +80,10 @@ def test_numbers_and_figure(name: str, badnets: AttackResult, tmp_path: Path) ->
     assert found.summary and found.data == tmp_path / "a" / "numbers.npz"
     back = Numbers.load(tmp_path / "a")
     assert back.arrays.keys() == found.numbers.arrays.keys() and back.meta["tool"] == name
-    assert "digits, small_cnn, badnets" in back.meta["caption"]
+    assert "digits, small_cnn, badnets" in back.meta["caption"] and back.meta["result"] is None
+    chosen = back.meta["ids_sha256"]
+    assert chosen is None if name == "network_structure" else len(chosen) == 64
+    assert isinstance(back.meta["peak_bytes"], int) and back.meta["peak_bytes"] >= 0
     for key, array in back.arrays.items():
         assert array.size and array.dtype != object, key
         if array.dtype.kind == "f":

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from bbfast.analysis import Subject
+from bbfast.analysis._embedding import sample
 from bbfast.attacks import AttackResult
+from bbfast.defenses import DefenseResult
 from bbfast.errors import UnknownNameError
 
 CPU = torch.device("cpu")
@@ -38,6 +40,26 @@ def test_views(badnets: AttackResult) -> None:
     assert not bool(clean.poisoned.any()) and torch.equal(clean.given, clean.labels)
     with pytest.raises(UnknownNameError, match="unknown view 'mixd'; did you mean 'mixed'"):
         subject.view("mixd")
+
+
+def test_the_record_of_what_was_handed_out(badnets: AttackResult, tuned: DefenseResult) -> None:
+    """The same for every model, another for other samples; what is chosen from a view counts, not the view alone."""
+    made = []
+    for defense, seed, n in ((None, 0, 9), (tuned, 0, 9), (None, 1, 9), (None, 0, 8)):
+        subject = Subject(badnets, defense, CPU, seed)
+        assert subject.taken.sha256() is None
+        subject.view("mixed")
+        whole = subject.taken.sha256()
+        subject.pairs(n)
+        made.append(subject.taken.sha256())
+        assert len({whole, made[-1], None}) == 3
+    assert made[0] == made[1] and len(set(made)) == 3
+    embedded = []
+    for n in (50, 60, 50):
+        subject.taken.clear()
+        sample(subject, "mixed", n, 10)
+        embedded.append(subject.taken.sha256())
+    assert embedded[0] == embedded[2] != embedded[1]
 
 
 def test_layers(badnets: AttackResult) -> None:

@@ -55,7 +55,7 @@ def test_default_place_json_and_what_is_printed(attack: Path) -> None:
     place = attack.parent / "analysis" / attack.name / TOOL
     assert found["tool"] == TOOL and found["seconds"] > 0 and found["summary"]["parameters"] > 1000
     assert (found["figure"], found["data"]) == (str(place / "figure.png"), str(place / "numbers.npz"))
-    assert _names(place) == NUMBERS | FIGURES
+    assert _names(place) == NUMBERS | FIGURES and Numbers.load(place).meta["result"] == attack.name
     shown = _run("analyze", TOOL, "--attack", attack, "--no-figures")
     assert f"parameters: {found['summary']['parameters']}" in shown.stdout
     assert shown.stdout.splitlines()[-1] == str(place / "numbers.npz")
@@ -101,7 +101,8 @@ def test_other_settings_have_a_place_of_their_own(attack: Path) -> None:
 def test_a_defenses_model_beside_the_defense(attack: Path, defense: Path) -> None:
     found = _json("analyze", TOOL, "--attack", attack, "--defense", defense, "--no-figures")
     assert Path(found["data"]).parent == defense.parent / "analysis" / defense.name / TOOL
-    assert Numbers.load(Path(found["data"]).parent).meta["caption"].split(", ")[-2] == "clp"
+    meta = Numbers.load(Path(found["data"]).parent).meta
+    assert meta["caption"].split(", ")[-2] == "clp" and meta["result"] == defense.name
 
 
 def test_several_tools(attack: Path, tmp_path: Path) -> None:
@@ -124,7 +125,9 @@ def test_side_by_side(attack: Path, defense: Path, tmp_path: Path) -> None:
     assert Path(found[1]["data"]).parent == home / defense.name / TOOL
     place = Path(found[2]["data"]).parent
     assert place.parent == home / attack.name and place.name.startswith(f"compare-{TOOL}-")
-    assert len(Numbers.load(place).summary["parameters"]) == 2 and _names(place) == NUMBERS
+    back = Numbers.load(place)
+    assert len(back.summary["parameters"]) == 2 and _names(place) == NUMBERS
+    assert [part["result"] for part in back.meta["compared"]] == [attack.name, defense.name]
     shown = _run("analyze", TOOL, *flags, "--compare", attack, "--no-figures", "--out", tmp_path)
     assert shown.exit_code == 0 and shown.stdout.splitlines()[-1].split("  ")[-1] == str(tmp_path / "compare" / TOOL)
     assert _names(tmp_path) == {attack.name, defense.name, "compare"}
