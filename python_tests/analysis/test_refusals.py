@@ -75,7 +75,7 @@ def test_channels_last(badnets: AttackResult) -> None:
         # The logit is linear behind the ReLU: the slope is the head's weight where a channel is on.
         weight = (subject.model.head.weight[best] * (maps > 0)).mean((0, 1))
         wanted = (maps * weight).sum(2).relu()
-    got = cam._cams(subject, "mixed", images)[0]
+    got = cam._cams(subject, "mixed", images)[0][0]
     wanted = torch.nn.functional.interpolate(wanted[None, None], (32, 32), mode="bilinear")[0, 0]
     torch.testing.assert_close(got, (wanted - wanted.min()) / (wanted.max() - wanted.min()), rtol=1e-3, atol=1e-4)
     painted = analysis.create("feature_visualization", layer="mixed", steps=1, n_stat=3).measure(subject)

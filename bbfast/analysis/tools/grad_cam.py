@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from bbfast.analysis._attribution import SIDES, captured, mean_finite, picture, shown, trigger_mask
+from bbfast.analysis._fullgrad import fullgrad
 from bbfast.analysis._layers import finite, spatial
 from bbfast.analysis._named import usable_layer
 from bbfast.analysis.base import Tool, ToolCard, ToolConfig, register_tool
@@ -48,9 +49,7 @@ def cam(maps: Tensor, gradients: Tensor, size: tuple[int, int], method: str = "g
     elif method == "layercam":
         gradients = gradients.relu()
     small = (gradients * maps).sum(1, keepdim=True).relu()
-    large = F.interpolate(small, size, mode="bilinear", align_corners=False)[:, 0]
-    low, high = large.amin((1, 2), keepdim=True), large.amax((1, 2), keepdim=True)
-    return (large - low) / (high - low).clamp_min(torch.finfo(large.dtype).tiny)
+    return _scaled(F.interpolate(small, size, mode="bilinear", align_corners=False)[:, 0])
 
 
 def overlap(maps: Tensor, mask: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -73,14 +72,17 @@ class GradCAM(Tool):
     A_c)``, bilinear to the image, scaled from least to most of each image. Tokens are laid out as a grid, without the
     class token; a transformer's last block is looked at where its tokens still bear on the class: behind its first
     norm. The map is as coarse as the layer: on 32 pixels the last convolution has 4 x 4 places, and a patch of 3 shows
-    better at an earlier layer (``layer="stage2"``).
+    better at an earlier layer (``layer="stage2"``). ``fullgrad`` takes the gradients of the input and of all biases
+    instead, as fine as the image; how far they add up to the logit is measured.
 
     Arrays: ``cam_clean``, ``cam_bd`` f16 ``[shown, H, W]``; of all pairs ``energy_clean``, ``energy_bd`` (share of the
     map on the trigger's pixels, grown by one) and ``iou_clean``, ``iou_bd`` (of its highest 15 % with them) f32
     ``[n]``, NaN where a map is blank; ``mean_clean``, ``mean_bd``, ``mask`` (share of pairs whose trigger is there) f32
-    ``[H, W]``; ``id``, ``label``, ``pred_*``, ``prob_*``, ``image_*`` of the pairs shown.
+    ``[H, W]``; ``id``, ``label``, ``pred_*``, ``prob_*``, ``image_*`` of the pairs shown. The table of ``fullgrad``
+    has ``completeness_error``: the median over pairs of ``|sum of the parts - logit| / |logit|``.
 
-    Source: Selvaraju et al., ICCV 2017, arXiv 1610.02391, eq. 1 and 2.
+    Source: Selvaraju et al., ICCV 2017, arXiv 1610.02391, eq. 1 and 2; FullGrad: Srinivas and Fleuret, NeurIPS 2019,
+    arXiv 1905.00780; HiResCAM: Draelos and Carin, arXiv 2011.08891; LayerCAM: Jiang et al., IEEE TIP 30, 2021.
     """
 
     card = ToolCard(
@@ -89,7 +91,8 @@ class GradCAM(Tool):
         paper="R. R. Selvaraju et al., Grad-CAM, ICCV 2017, arXiv 1610.02391",
         deviations=(
             "It is Grad-CAM at the layer named; BackdoorBench's script of that name computes FullGrad and ignores the "
-            "layer.",
+            "layer, which method=fullgrad gives.",
+            "Biases of layers without places count in FullGrad's sum and not in its map, as in its paper.",
             "Clean and triggered versions of the same images are shown; BackdoorBench shows unrelated ones.",
             "The share of the map on the trigger is measured over 500 pairs; BackdoorBench measures nothing.",
         ),
@@ -101,23 +104,31 @@ class GradCAM(Tool):
 
         Args:
             method: ``gradcam``; ``hirescam``: gradient times activation, pixel by pixel; ``layercam``: the same with
-                positive gradients only.
-            layer: Name or role of the layer.
+                positive gradients only; ``fullgrad``: gradients of the input and of all biases.
+            layer: Name or role of the layer; ``fullgrad`` has none.
             shown: Pairs in the figure.
             n_stat: Pairs that are measured.
         """
 
-        method: Literal["gradcam", "hirescam", "layercam"] = "gradcam"
+        method: Literal["gradcam", "hirescam", "layercam", "fullgrad"] = "gradcam"
         layer: str = "last_conv"
         shown: int = Field(4, ge=1, le=16)
         n_stat: int = Field(500, ge=1)
 
+        @model_validator(mode="after")
+        def _all_layers(self) -> GradCAM.Config:
+            if self.method == "fullgrad" and self.layer != "last_conv":
+                raise ValueError("layer: fullgrad looks at all layers and takes none")
+            return self
+
     def check(self, subject: Subject) -> None:
-        name, _ = usable_layer(subject, self.name, self._layer(subject), _places)
+        name = "all layers"
+        if self.config.method != "fullgrad":
+            name, _ = usable_layer(subject, self.name, self._layer(subject), _places)
         self._cams(subject, name, subject.pairs(1).clean)
 
     def measure(self, subject: Subject) -> Numbers:
-        name = self._layer(subject)
+        name = "all layers" if self.config.method == "fullgrad" else self._layer(subject)
         few, arrays = shown(subject, self.config.shown)
         pairs = subject.pairs(self.config.n_stat)
         mask = trigger_mask(pairs)
@@ -125,12 +136,13 @@ class GradCAM(Tool):
         table: list[dict[str, Any]] = []
         summary: dict[str, Any] = {}
         for side, images, many in zip(SIDES, (few.clean, few.triggered), (pairs.clean, pairs.triggered), strict=True):
-            arrays[f"cam_{side}"] = self._cams(subject, name, images).numpy().astype(np.float16)
-            maps = self._cams(subject, name, many)
+            arrays[f"cam_{side}"] = self._cams(subject, name, images)[0].numpy().astype(np.float16)
+            maps, gap = self._cams(subject, name, many)
             energy, iou = overlap(maps, mask)
             arrays |= {f"energy_{side}": energy, f"iou_{side}": iou, f"mean_{side}": maps.mean(0).numpy()}
             blank = int((maps.flatten(1).sum(1) == 0).sum())
             row = {"energy": mean_finite(energy), "iou": mean_finite(iou), "blank": blank}
+            row |= {"completeness_error": float(gap.median())} if self.config.method == "fullgrad" else {}
             table.append({"images": side, "pairs": len(pairs), **row})
             summary |= {f"{key}_{side}": value for key, value in row.items()}
         return Numbers(arrays, table, summary, {"layer": name, "method": self.config.method, "pairs": len(pairs)})
@@ -141,22 +153,35 @@ class GradCAM(Tool):
         # The head reads the class token alone: behind the last block no other token has a gradient.
         return inner if self.config.layer == "last_conv" and inner in dict(subject.model.named_modules()) else name
 
-    def _cams(self, subject: Subject, layer: str, images: Tensor) -> Tensor:
-        """float32 ``[n, H, W]`` on the CPU."""
-        out, module, size = [], subject.model.get_submodule(layer), (images.shape[2], images.shape[3])
-        for x in subject.batches(images, 128):
-            with captured(subject, layer) as kept, torch.enable_grad():
-                best = subject.model(x).amax(1).sum()
-                (gradient,) = torch.autograd.grad(best, kept[0], allow_unused=True)
-            if gradient is None:
-                raise UnsupportedModelError(self.name, f"layer {layer!r}", "the logits do not depend on it")
-            maps, slopes = (
-                finite(layer, self.name, part, what)
-                for part, what in ((kept[0].detach(), "values"), (gradient, "slopes"))
-            )
-            maps, slopes = (cast(Tensor, spatial(module, part)) for part in (maps, slopes))
-            out.append(cam(maps, slopes, size, self.config.method).cpu())
-        return torch.cat(out)
+    def _cams(self, subject: Subject, layer: str, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps float32 ``[n, H, W]``, and how far FullGrad's parts miss the logit, ``[n]``, zero of others; on the
+        CPU."""
+        size, full = (images.shape[2], images.shape[3]), self.config.method == "fullgrad"
+        parts = [
+            self._full(subject, x) if full else self._cam(subject, layer, x, size) for x in subject.batches(images, 128)
+        ]
+        maps, gaps = (torch.cat(same).cpu() for same in zip(*parts, strict=True))
+        return maps, gaps
+
+    def _cam(self, subject: Subject, layer: str, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        module = subject.model.get_submodule(layer)
+        with captured(subject, layer) as kept, torch.enable_grad():
+            best = subject.model(x).amax(1).sum()
+            (gradient,) = torch.autograd.grad(best, kept[0], allow_unused=True)
+        if gradient is None:
+            raise UnsupportedModelError(self.name, f"layer {layer!r}", "the logits do not depend on it")
+        maps, slopes = (
+            finite(layer, self.name, part, what) for part, what in ((kept[0].detach(), "values"), (gradient, "slopes"))
+        )
+        maps, slopes = (cast(Tensor, spatial(module, part)) for part in (maps, slopes))
+        return cam(maps, slopes, size, self.config.method), maps.new_zeros(len(maps))
+
+    def _full(self, subject: Subject, x: Tensor) -> tuple[Tensor, Tensor]:
+        maps, total, logit = fullgrad(subject.model, x)
+        if not bool(maps.isfinite().all() & logit.isfinite().all()):
+            raise UnsupportedModelError(self.name, "this model", "its gradients or logits are not finite")
+        tiny = torch.finfo(logit.dtype).tiny
+        return _scaled(maps.float()), (total - logit).abs() / logit.abs().clamp_min(tiny)
 
     @staticmethod
     def draw(numbers: Numbers) -> Figure:
@@ -190,6 +215,12 @@ class GradCAM(Tool):
             scale = ScalarMappable(Normalize(0, 1), "viridis")
             made.colorbar(scale, ax=axes, label="evidence, share of each image's most", shrink=0.5)
         return made
+
+
+def _scaled(maps: Tensor) -> Tensor:
+    """Least to most of each map ``[n, H, W]`` as 0..1; zero where it is the same all over."""
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    return (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)
 
 
 def _places(layer: nn.Module, shape: tuple[int, ...]) -> str:
