@@ -14,6 +14,7 @@ from bbfast.analysis.style import DPI, figure, put_caption
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 __all__ = ["share", "tiled"]
@@ -119,7 +120,8 @@ def _pixels(made: Figure, name: str) -> np.ndarray:
 
 
 def _share_limits(twins: Sequence[Axes], which: str) -> None:
-    if len({getattr(axes, f"get_{which}scale")() for axes in twins}) != 1:
+    kinds = {(getattr(axes, f"get_{which}scale")(), _threshold(getattr(axes, f"{which}axis"))) for axes in twins}
+    if len(kinds) != 1:
         return
     ends = [sorted(getattr(axes, f"get_{which}lim")()) for axes in twins]
     limits = min(low for low, _ in ends), max(high for _, high in ends)
@@ -127,6 +129,11 @@ def _share_limits(twins: Sequence[Axes], which: str) -> None:
         # Of images the first row is on top.
         turned = getattr(axes, f"{which}axis_inverted")()
         getattr(axes, f"set_{which}lim")(limits[::-1] if turned else limits)
+
+
+def _threshold(axis: Axis) -> float | None:
+    """Up to where an axis that is logarithmic on both sides of zero is linear; None of others."""
+    return getattr(axis.get_transform(), "linthresh", None)
 
 
 def _coloured(axes: Axes) -> list[Any]:

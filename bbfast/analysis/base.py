@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import Field
@@ -82,6 +82,12 @@ class Tool(Method, ABC):
         Raises:
             UnsupportedModelError, DataRequirementError, UnknownNameError: saying why.
         """
+
+    @classmethod
+    def common(cls, parts: Sequence[Numbers]) -> dict[str, Any]:
+        """What ``meta`` of each gets before all are drawn for a comparison: what a scale must span that is neither that
+        of axes nor of an image of the figure."""
+        return {}
 
     @abstractmethod
     def measure(self, subject: Subject) -> Numbers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,13 +71,15 @@ def compare(
             "compared": [
                 {"caption": name, "result": part.meta.get("result")} for name, part in zip(names, parts, strict=True)
             ],
-            "shared": shared,
+            "comparable": shared,
             "versions": versions(),
         },
     )
 
     def draw(_: Numbers) -> Figure:
-        return tiled([tool.draw(part) for part in parts], names, tool.card.title, shared)
+        more = tool.common(parts) if shared else {}
+        drawn = [tool.draw(dataclasses.replace(part, meta={**part.meta, **more})) for part in parts]
+        return tiled(drawn, names, tool.card.title, shared)
 
     figure = write_set(numbers, Path(out), draw if figures else None)
     return AnalysisResult(tool.name, figure, Path(out) / ARRAYS, numbers.summary, numbers)

@@ -55,6 +55,10 @@ def test_what_is_not_of_a_kind_is_left_alone() -> None:
     assert [made.axes[0].get_ylim() for made in figures] == before
     assert figures[0].axes[0].get_xlim() == figures[1].axes[0].get_xlim(), "the other axis is of a kind"
     assert figures[0].axes[1].images[0].get_clim() == (0, 3)
+    for i, made in enumerate(figures):
+        made.axes[0].set_xscale("symlog", linthresh=1 + i)
+        made.axes[0].set_xlim(-9 - i, 9)
+    assert share(figures) and [made.axes[0].get_xlim()[0] for made in figures] == [-9, -10], "other thresholds"
     with figure(3, 2) as lone:
         lone.subplots().plot([0, 99])
     before_x = figures[0].axes[0].get_xlim()
@@ -94,7 +98,7 @@ def test_a_defense_beside_its_attack(badnets: AttackResult, tuned: DefenseResult
     by_name = {row["figure"]: [float(row[caption]) for caption in captions] for row in rows}
     assert by_name["asr"] == [one.summary["asr"] for one in alone] and "most_confused" not in by_name
     back = Numbers.load(tmp_path / "both")
-    assert back.meta["tool"] == "confusion_matrix" and back.meta["shared"] and len(back.meta["compared"]) == 2
+    assert back.meta["tool"] == "confusion_matrix" and back.meta["comparable"] and len(back.meta["compared"]) == 2
     place = back.arrays["figures"].tolist().index("asr")
     assert back.arrays["values"][place].tolist() == by_name["asr"]
 
@@ -106,7 +110,41 @@ def test_the_same_caption_twice_and_figures_that_one_lacks(tmp_path: Path) -> No
     found = analysis.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out", figures=False)
     assert found.figure is None and found.summary["x"] == {"the same": 1.0, "the same (2)": 2.0}
     assert found.numbers.arrays["figures"].tolist() == ["x", "y"] and np.isnan(found.numbers.arrays["values"][1]).all()
-    assert not found.numbers.meta["shared"], "of other classes"
+    assert not found.numbers.meta["comparable"], "of other classes"
+
+
+def test_a_scale_that_is_no_axis(badnets: AttackResult, tuned: DefenseResult, tmp_path: Path) -> None:
+    """The differences of feature maps are colours of a picture; their bar must say the same for both."""
+    tool = find("feature_map")
+    parts = [
+        analysis.run("feature_map", badnets, one, tmp_path, device="cpu", figures=False, channels=4).numbers
+        for one in (None, tuned)
+    ]
+    most = [float(np.abs(part.arrays["bd"] - part.arrays["clean"].astype(float)).max()) for part in parts]
+    more = tool.common(parts)
+    bars = []
+    for part in parts:
+        for meta in (part.meta, {**part.meta, **more}):
+            made = tool.draw(Numbers(part.arrays, (), part.summary, meta))
+            bars.append(made.axes[-1].get_ylim()[1])
+    assert more["limit"] == pytest.approx(max(most)) and most[0] != most[1]
+    assert bars == pytest.approx([most[0], max(most), most[1], max(most)])
+
+
+def test_spectra_are_linear_around_zero_as_far(tmp_path: Path) -> None:
+    parts = []
+    for widest in (5.0, 300.0):
+        arrays = {f"{key}_{side}": np.array([[1.0, widest]]) for key in ("ritz", "w") for side in ("clean", "bd")}
+        arrays |= {f"top_{side}": np.array([widest]) for side in ("clean", "bd")}
+        summary = {"lambda_max_clean": widest, "lambda_max_bd": widest}
+        parts.append(Numbers(arrays, (), summary, {"caption": "", "n": [1, 1], "probes": 1}))
+    tool = find("hessian")
+
+    def thresholds(more: dict[str, Any]) -> list[float]:
+        drawn = [tool.draw(Numbers(part.arrays, (), part.summary, {**part.meta, **more})) for part in parts]
+        return [made.axes[0].xaxis.get_transform().linthresh for made in drawn]  # type: ignore[attr-defined]
+
+    assert thresholds({}) == pytest.approx([0.01, 1.0]) and thresholds(tool.common(parts)) == pytest.approx([1.0, 1.0])
 
 
 def test_embeddings_have_no_common_axes() -> None:

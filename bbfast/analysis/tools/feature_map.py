@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,12 +114,16 @@ class FeatureMap(Tool):
             )
         return Pairs(*(getattr(whole, key)[found] for key in ("clean", "triggered", "labels", "targets", "ids")))
 
+    @classmethod
+    def common(cls, parts: Sequence[Numbers]) -> dict[str, Any]:
+        return {"limit": max(_limit(part) for part in parts)}
+
     @staticmethod
     def draw(numbers: Numbers) -> Figure:
         arrays, meta = numbers.arrays, numbers.meta
-        shown = arrays["order"][: meta["options"]["channels"]].tolist()
+        shown = _shown(numbers)
         gap = arrays["bd"][shown].astype(float) - arrays["clean"][shown]
-        limit = float(np.abs(gap).max()) or 1.0
+        limit = meta.get("limit") or _limit(numbers)
         sheet, places = _sheet([arrays[key][shown].astype(float) for key in ("clean", "bd")], gap, limit)
         with figure(10.4, 1.0 + 8.2 * sheet.shape[0] / sheet.shape[1], meta["caption"]) as made:
             left, right = made.subplots(1, 2, width_ratios=(1.1, 8.6))
@@ -145,6 +150,17 @@ class FeatureMap(Tool):
             colours = ScalarMappable(Normalize(-limit, limit), matplotlib.colormaps["coolwarm"])
             made.colorbar(colours, ax=right, label="triggered - clean", shrink=0.9, pad=0.01, aspect=40)
         return made
+
+
+def _shown(numbers: Numbers) -> list[int]:
+    channels: list[int] = numbers.arrays["order"][: numbers.meta["options"]["channels"]].tolist()
+    return channels
+
+
+def _limit(numbers: Numbers) -> float:
+    """The largest difference shown; 1 if there is none."""
+    shown = _shown(numbers)
+    return float(np.abs(numbers.arrays["bd"][shown].astype(float) - numbers.arrays["clean"][shown]).max()) or 1.0
 
 
 def _has_maps(layer: nn.Module, shape: tuple[int, ...]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -155,14 +156,16 @@ class Hessian(Tool):
         }
         return {"ritz": ritz, "w": weights, "top": top, "error": error}, row
 
+    @classmethod
+    def common(cls, parts: Sequence[Numbers]) -> dict[str, Any]:
+        return {"widest": max(_widest(part) for part in parts)}
+
     @staticmethod
     def draw(numbers: Numbers) -> Figure:
         arrays, summary, counts = numbers.arrays, numbers.summary, numbers.meta["n"]
         note = f"{numbers.meta['caption']}; {counts[0]} clean, {counts[1]} triggered images; "
         with figure(7.2, 4.2, f"{note}probes: {numbers.meta['probes']}; marks at the top: largest eigenvalues") as made:
             axis = made.subplots()
-            known = np.concatenate([arrays[f"ritz_{side}"].ravel() for side, _ in _SIDES])
-            widest = float(np.nanmax(np.abs(known)))
             for (side, _), colour, words, line in zip(
                 _SIDES, (CLEAN, POISONED), ("without trigger", "with trigger"), ("-", "--"), strict=True
             ):
@@ -175,8 +178,15 @@ class Hessian(Tool):
                 axis.plot(top, np.full(len(top), height), transform=axis.get_xaxis_transform(), **mark)
             axis.set_yscale("log")
             axis.set_ylim(1e-7)
-            axis.set_xscale("symlog", linthresh=max(widest * 1e-3, 1e-9))
+            # A power of ten: ticks below the threshold would run into one another.
+            thousandth = max((numbers.meta.get("widest") or _widest(numbers)) * 1e-3, 1e-9)
+            axis.set_xscale("symlog", linthresh=10.0 ** np.ceil(np.log10(thousandth)))
             axis.tick_params(axis="x", labelrotation=30)
             axis.set(xlabel="eigenvalue (linear around 0, then logarithmic)", ylabel="density")
             axis.legend(title="largest eigenvalue", loc="upper left")
         return made
+
+
+def _widest(numbers: Numbers) -> float:
+    """The largest Ritz value of both sides, without its sign."""
+    return float(max(np.nanmax(np.abs(numbers.arrays[f"ritz_{side}"])) for side, _ in _SIDES))
