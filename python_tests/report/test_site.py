@@ -21,6 +21,7 @@ from bbfast.cli.app import main
 from bbfast.errors import ArtifactError
 from bbfast.report.commands import attack_command, changed_settings, defense_command
 from bbfast.report.site import write_site
+from bbfast.report.site.analyses import copy_analyses
 from bbfast.report.site.board import board_lines, coverage, per_run_rows
 from bbfast.report.site.records import read_records
 from bbfast.store import Store
@@ -190,6 +191,22 @@ META_THAT_IS_NONE = (
     *("{", "null", "[]", '"x"', "{}"),
     *('{"summary": null}', '{"summary": [1]}', '{"summary": {}, "meta": 1}'),
 )
+
+
+def test_a_comparison_says_of_what(tmp_path: Path) -> None:
+    parts = [{"caption": HOSTILE, "result": None}, {"caption": "digits, ft"}]
+    for name, more in (
+        ("compare", {"compared": parts}),
+        ("other", {"compared": ["no", {}, 3]}),
+        ("odd", {"compared": 1}),
+    ):
+        analysed(tmp_path / "store" / "analysis" / "run" / name, {"asr": 0.5}, tool="metrics", **more)
+    found, broken = copy_analyses(tmp_path / "store", "run", tmp_path / "site")
+    assert not broken and [(one.title, one.said) for one in found] == [
+        ("Metrics, side by side", f"{HOSTILE}; digits, ft"),
+        ("Metrics", "asr 0.5"),
+        ("Metrics", "asr 0.5"),
+    ]
 
 
 def test_a_broken_analysis_costs_its_figure_alone(ran: Ran, tmp_path: Path) -> None:

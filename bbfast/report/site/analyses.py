@@ -72,11 +72,12 @@ def _copied(source: Path, place: Path, at: str) -> Analysis:
     with contextlib.suppress(UnknownNameError):
         card = analysis.info(name)
         title, question = str(card["title"]), str(card["question"])
+    beside = _beside(meta.get("compared"))
     return Analysis(
-        title,
+        f"{title}, side by side" if beside else title,
         question,
         f"{at}/{_PICTURE}" if drawn else "",
-        _said(summary),
+        beside or _said(summary),
         [Link(file, f"{at}/{file}") for file in files],
         _settings(name, _object(meta.get("options", {}), "options")),
     )
@@ -86,6 +87,12 @@ def _object(value: Any, name: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ArtifactError(f"{_META}: {name} must be an object, got {short(value)}")
     return value
+
+
+def _beside(compared: Any) -> str:
+    """The results that a comparison is of; empty for an analysis of one."""
+    parts = compared if isinstance(compared, list) else []
+    return "; ".join(str(part["caption"]) for part in parts if isinstance(part, dict) and part.get("caption"))
 
 
 def _said(summary: Mapping[str, Any]) -> str:
