@@ -32,8 +32,10 @@ def runs_of(attack: Path, defense: Path | None, others: Sequence[Path]) -> list[
 
     Raises:
         ArtifactError: if there is no such result.
+        DataRequirementError: if a defense was run on another attack.
     """
     from bbfast import artifact
+    from bbfast.analysis.run import opened
     from bbfast.attacks import AttackResult
     from bbfast.cli.defend import locate
     from bbfast.defenses import DefenseResult
@@ -51,6 +53,8 @@ def runs_of(attack: Path, defense: Path | None, others: Sequence[Path]) -> list[
             runs.append(Run(folder, AttackResult.load(folder)))
         else:
             runs.append(Run(folder, attacked, DefenseResult.load(folder)))
+    for run in runs:
+        opened(run.attack, run.defense)  # a defense of another attack is refused before any work
     return runs
 
 

@@ -132,6 +132,11 @@ def test_side_by_side(attack: Path, defense: Path, tmp_path: Path) -> None:
     assert shown.exit_code == 0 and shown.stdout.splitlines()[-1].split("  ")[-1] == str(tmp_path / "compare" / TOOL)
     assert _names(tmp_path) == {attack.name, defense.name, "compare"}
     assert len(Numbers.load(tmp_path / "compare" / TOOL).meta["compared"]) == 3
+    quick = ("--dataset", "digits", "--model", "small_cnn", "--preset", "quick", "--epochs", 0)
+    other = _json("attack", "badnets", *quick, "--ratio", 0.05, "--out", tmp_path / "runs")["folder"]
+    strange = _run("analyze", TOOL, "--attack", other, "--compare", defense, "--out", tmp_path / "new")
+    assert strange.exit_code == 1 and "clp was run on another attack" in strange.stderr
+    assert not (tmp_path / "new").exists()
     missing = _run("analyze", TOOL, "--attack", attack, "--compare", tmp_path / "none")
     assert missing.exit_code == 1 and "none" in missing.stderr
 
