@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from bbfast import defenses
 from bbfast.data.imageset import ImageSet
 from bbfast.defenses import DefenseResult
-from bbfast.defenses.detection._gradcam import grad_cam, salient
+from bbfast.defenses.detection._gradcam import grad_cam, map_positions, salient
 from bbfast.defenses.detection.sentinet import Boundary, masked_paste
+from bbfast.defenses.run import build_view
 from bbfast.defenses.view import DataFacts, DefenderView, Grants, Stream
 from bbfast.errors import ConfigError, DataRequirementError, UnsupportedModelError
 from bbfast.metrics import detection
@@ -141,6 +142,16 @@ def test_layers_that_give_no_map() -> None:
         grad_cam(model, model[2], x)
 
 
+@pytest.mark.parametrize(("size", "stage"), [(32, "features.5"), (64, "features.7.2.block.0")])
+def test_on_small_images_an_earlier_stage_is_read(toy_attack: Any, size: int, stage: str) -> None:
+    attack = toy_attack(build("convnext_tiny", 4, size), n=20, n_test=64, size=(3, size, size))
+    defense = defenses.create("sentinet")
+    view, _ = build_view(defense, attack, 0.2, 0, torch.device("cpu"))
+    chosen = defense._layer(view)  # type: ignore[attr-defined]
+    assert chosen is view.model.get_submodule(stage)
+    assert map_positions(view.model, chosen, (3, size, size)) == 4
+
+
 def test_masks() -> None:
     cam = torch.tensor([[[0.0, 0.9, 0.85], [0.5, 1.0, 0.2]], [[0.0, 0, 0], [0, 0, 1]], [[0.0, 0, 0], [0, 0, 0]]])
     top = salient(cam, "top", 0.5)
@@ -266,6 +277,10 @@ def test_models_of_the_zoo() -> None:
         defense.check(view_with(Patched(), reserve, images))
     with pytest.raises(UnsupportedModelError, match="no layer 'cnov'"):
         sentinet(layer="cnov").check(view_with(Patched(), reserve, images))
+    flat = nn.Sequential(nn.Conv2d(3, 4, 32), nn.Flatten(), nn.Linear(4, 4))
+    for layer in ("0", "2"):
+        with pytest.raises(UnsupportedModelError, match=f"layer '{layer}' does not give a map"):
+            sentinet(layer=layer).check(view_with(flat, reserve, images))
 
 
 def test_bad_input() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bbfast.errors import UnsupportedModelError
+from bbfast.training.prediction import evaluating
 
-__all__ = ["grad_cam", "salient"]
+__all__ = ["grad_cam", "map_positions", "salient"]
 
 
 def grad_cam(model: nn.Module, layer: nn.Module, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -41,13 +44,7 @@ def grad_cam(model: nn.Module, layer: nn.Module, x: Tensor, labels: Tensor | Non
         kept.append(value.detach().requires_grad_())
         return kept[-1].clone()  # what follows may work in place
 
-    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return (leaf(args[0]), *args[1:]) if args[0].dim() == 3 else None
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return leaf(output) if not kept and isinstance(output, Tensor) and output.dim() == 4 else None
-
-    handles = [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+    handles = _listen(layer, leaf)
     try:
         with torch.enable_grad():
             logits = model(x)
@@ -69,6 +66,32 @@ def grad_cam(model: nn.Module, layer: nn.Module, x: Tensor, labels: Tensor | Non
     return torch.where(high > low, (cam - low) / (high - low), 0.0), predicted
 
 
+@torch.no_grad()
+def map_positions(model: nn.Module, layer: nn.Module, image_size: Sequence[int]) -> int:
+    """How many positions the map has that :func:`grad_cam` would read; 0 if it gets none.
+
+    Args:
+        model: May be on the meta device.
+        layer: One of its modules.
+        image_size: ``(C, H, W)``.
+    """
+    kept: list[Tensor] = []
+
+    def keep(value: Tensor) -> Tensor:
+        kept.append(value)
+        return value
+
+    parameter, handles = next(model.parameters()), _listen(layer, keep)
+    try:
+        with evaluating(model):
+            model(torch.zeros(1, *image_size, device=parameter.device, dtype=parameter.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    grid = _grid(kept[0]) if kept else None
+    return 0 if grid is None else grid.shape[2:].numel()
+
+
 def salient(cam: Tensor, rule: str, level: float) -> Tensor:
     """Masks bool ``[B, H, W]``: the ``level`` part of the pixels with the highest values (``top``; of equal ones the
     first), or those of at least ``level`` (``threshold``). Pixels at the minimum never belong, so that a constant map
@@ -80,6 +103,21 @@ def salient(cam: Tensor, rule: str, level: float) -> Tensor:
     top = flat.argsort(dim=1, descending=True, stable=True)[:, :count]
     chosen = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, top, True)
     return (chosen & (flat > 0)).view_as(cam)
+
+
+def _listen(layer: nn.Module, keep: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
+    """Put what ``keep`` makes of the map in its place: tokens that go in, else the feature map that comes out."""
+    tokens: list[bool] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        tokens.append(args[0].dim() == 3)
+        return (keep(args[0]), *args[1:]) if tokens[-1] else None
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        feature_map = isinstance(output, Tensor) and output.dim() == 4
+        return keep(output) if feature_map and not any(tokens) else None
+
+    return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
 
 
 def _grid(value: Tensor) -> Tensor | None:

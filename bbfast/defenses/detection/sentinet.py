@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bbfast.defenses._content import content_keys
 from bbfast.defenses.base import Defense, DefenseConfig, register_defense
 from bbfast.defenses.card import DefenseCard
-from bbfast.defenses.detection._gradcam import grad_cam, salient
+from bbfast.defenses.detection._gradcam import grad_cam, map_positions, salient
 from bbfast.defenses.detection._overlays import draw_overlays
 from bbfast.defenses.features import normalised
 from bbfast.defenses.result import DefenseResult
@@ -77,7 +77,7 @@ class SentiNet(Defense):
             mask: ``top`` (the ``mask_level`` part of the pixels) or ``threshold`` (Grad-CAM of at least that).
             mask_level: See ``mask``.
             layer: Dotted name of the module that Grad-CAM reads; None is the last convolution, in a transformer the
-                last block.
+                last block; on images so small that its map has one position the last stage that has more.
             inert: ``region`` (noise in the region of the clean image) or ``background`` (noise around ``x``'s region).
             decision: ``boundary`` (the distance above the clean curve) or ``confidence`` (``avgconf`` itself).
             calibration: Threshold of ``boundary``: ``quantile`` or ``mean_below``.
@@ -111,7 +111,7 @@ class SentiNet(Defense):
         precision: Literal["auto", "fp32", "bf16"] = "auto"
 
     def check(self, view: DefenderView) -> None:
-        self._layer(view.model)
+        self._layer(view)
         if len(view.reserve) < 2:
             raise DataRequirementError(
                 f"sentinet pastes onto clean images, at least 2, the reserve has {len(view.reserve)}"
@@ -163,20 +163,31 @@ class SentiNet(Defense):
             },
         )
 
-    def _layer(self, model: nn.Module) -> nn.Module:
-        name = self.config.layer
-        if name is None:
-            return roles(model).module("last_conv")
-        if not name or name not in dict(model.named_modules()):
-            raise UnsupportedModelError("sentinet", type(model).__name__, f"it has no layer {name!r}")
-        return model.get_submodule(name)
+    def _layer(self, view: DefenderView) -> nn.Module:
+        """The layer asked for, or the last that has a map of more than one position on these images."""
+        model, name = view.model, self.config.layer
+        if name is not None:
+            if not name or name not in dict(model.named_modules()):
+                raise UnsupportedModelError("sentinet", type(model).__name__, f"it has no layer {name!r}")
+            choices = [model.get_submodule(name)]
+        else:
+            known = roles(model)
+            wanted = ("last_conv", "stage4", "stage3", "stage2", "stage1")
+            choices = [known.module(role) for role in wanted if role == "last_conv" or known.has(role)]
+        for layer in choices:
+            if map_positions(model, layer, view.image_size) > 1:
+                return layer
+        size = "x".join(map(str, view.image_size[1:]))
+        which = "none of its stages" if name is None else f"layer {name!r} does not"
+        reason = f"{which} {'gives' if name is None else 'give'} a map of more than one position for images of {size}"
+        raise UnsupportedModelError("sentinet", type(model).__name__, reason)
 
     def _points(
         self, view: DefenderView, images: Tensor, bank: Tensor, noise: Tensor, draws: Tensor, numerics: Numerics
     ) -> Tensor:
         """``(avgconf, fooled)`` of every image, float64 ``[N, 2]`` on the CPU."""
         cfg, model = self.config, view.model
-        layer, device = self._layer(model), images.device
+        layer, device = self._layer(view), images.device
         step = max(1, (cfg.batch_size or (8192 if device.type == "cuda" else 1024)) // draws.shape[1])
         found = [torch.zeros(0, 2, dtype=torch.float64)]
         for start in range(0, len(images), step):
