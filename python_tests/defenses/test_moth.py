@@ -237,10 +237,10 @@ def test_a_killed_run_goes_on(
 
 @pytest.mark.slow
 def test_distances_grow_on_the_digits(digits_attack: AttackResult) -> None:
-    """The mean distance over pairs grows, measured alike before and after; the accuracy falls by less than 0.02."""
+    """The mean distance over pairs grows, measured alike before and after; the accuracy falls by less than 0.05."""
     result = defenses.defend("moth", digits_attack, device="cpu", progress=False)
     assert result.model is not None
-    assert result.metrics["c_acc"] >= digits_attack.metrics["c_acc"] - 0.02
+    assert result.metrics["c_acc"] >= digits_attack.metrics["c_acc"] - 0.05
     test = digits_attack.test.subset(torch.arange(200))
     x, y = whole(test)
     pairs = torch.tensor([[s, t] for s in range(10) for t in range(10) if s != t])[::5]
