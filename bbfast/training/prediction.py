@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bbfast.data.imageset import BackdoorSet, ImageSet
 from bbfast.data.loader import BatchLoader
@@ -14,7 +15,7 @@ from bbfast.data.normalize import normalize
 from bbfast.training.device import Numerics, choose_numerics, placed, resolve_device
 from bbfast.training.runtime import keep_freed_memory
 
-__all__ = ["evaluating", "outputs", "predict", "predict_labels"]
+__all__ = ["evaluating", "outputs", "predict", "predict_labels", "probe"]
 
 
 def predict(
@@ -115,3 +116,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@torch.no_grad()
+def probe(model: nn.Module, image_size: Sequence[int], handles: Sequence[RemovableHandle]) -> None:
+    """Show hooks a forward pass of one image, all zeros, in eval mode, and remove them.
+
+    Args:
+        model: On any device, the meta device too.
+        image_size: ``(C, H, W)``.
+        handles: What registering the hooks returned.
+    """
+    parameter = next(model.parameters())
+    try:
+        with evaluating(model):
+            model(torch.zeros(1, *image_size, device=parameter.device, dtype=parameter.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()

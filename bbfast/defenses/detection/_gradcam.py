@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bbfast.errors import UnsupportedModelError
-from bbfast.training.prediction import evaluating
+from bbfast.training.prediction import probe
 
 __all__ = ["grad_cam", "map_positions", "salient"]
 
@@ -66,7 +66,6 @@ def grad_cam(model: nn.Module, layer: nn.Module, x: Tensor, labels: Tensor | Non
     return torch.where(high > low, (cam - low) / (high - low), 0.0), predicted
 
 
-@torch.no_grad()
 def map_positions(model: nn.Module, layer: nn.Module, image_size: Sequence[int]) -> int:
     """How many positions the map has that :func:`grad_cam` would read; 0 if it gets none.
 
@@ -81,13 +80,7 @@ def map_positions(model: nn.Module, layer: nn.Module, image_size: Sequence[int])
         kept.append(value)
         return value
 
-    parameter, handles = next(model.parameters()), _listen(layer, keep)
-    try:
-        with evaluating(model):
-            model(torch.zeros(1, *image_size, device=parameter.device, dtype=parameter.dtype))
-    finally:
-        for handle in handles:
-            handle.remove()
+    probe(model, image_size, _listen(layer, keep))
     grid = _grid(kept[0]) if kept else None
     return 0 if grid is None else grid.shape[2:].numel()
 

@@ -7,13 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bbfast.errors import UnsupportedModelError
 from bbfast.models import roles
-from bbfast.training.prediction import evaluating
+from bbfast.training.prediction import probe
 
 __all__ = ["Tap", "attention_loss", "attention_map", "default_taps", "named_taps"]
 
@@ -128,15 +127,7 @@ def found_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in roles(model).model.named_modules() if name}
 
 
-@torch.no_grad()
 def _maps(model: nn.Module, taps: Sequence[Tap], image_size: Sequence[int]) -> dict[str, Tensor]:
     kept: dict[str, Tensor] = {}
-    parameter = next(model.parameters())
-    handles = [tap.listen(model, kept) for tap in taps]
-    try:
-        with evaluating(model):
-            model(torch.zeros(1, *image_size, device=parameter.device, dtype=parameter.dtype))
-    finally:
-        for handle in handles:
-            handle.remove()
+    probe(model, image_size, [tap.listen(model, kept) for tap in taps])
     return kept

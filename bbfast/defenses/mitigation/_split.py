@@ -6,12 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bbfast.errors import UnsupportedModelError
 from bbfast.models._registry import ROLES
-from bbfast.training.prediction import evaluating
+from bbfast.training.prediction import probe
 
 __all__ = ["Split", "first_layer", "split_layer"]
 
@@ -87,7 +86,6 @@ def split_layer(model: nn.Module, method: str, layer: str = "last_stage") -> str
     raise UnsupportedModelError(method, found.label, "its stages are not known", "name a layer with layer=...")
 
 
-@torch.no_grad()
 def first_layer(model: nn.Module, method: str, image_size: tuple[int, int, int]) -> str:
     """Dotted name of the layer without children that receives the images; makes a forward pass of one image.
 
@@ -97,24 +95,17 @@ def first_layer(model: nn.Module, method: str, image_size: tuple[int, int, int])
     from bbfast.models import roles
 
     label = roles(model).label
-    blank = torch.zeros(1, *image_size, device=next(model.parameters()).device)
     seen: list[tuple[str, bool]] = []
 
     def note(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             given = args[0] if args else None
-            seen.append((name, isinstance(given, Tensor) and given.shape == blank.shape))
+            seen.append((name, isinstance(given, Tensor) and given.shape == (1, *image_size)))
 
         return hook
 
     leaves = [(name, module) for name, module in model.named_modules() if name and not list(module.children())]
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in leaves]
-    try:
-        with evaluating(model):
-            model(blank)
-    finally:
-        for handle in handles:
-            handle.remove()
+    probe(model, image_size, [module.register_forward_pre_hook(note(name)) for name, module in leaves])
     if not seen or not seen[0][1]:
         raise UnsupportedModelError(method, label, "no layer receives the images as they are")
     return seen[0][0]

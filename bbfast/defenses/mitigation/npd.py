@@ -21,7 +21,7 @@ from bbfast.defenses.mitigation._perturb import project_, start
 from bbfast.defenses.result import DefenseResult
 from bbfast.defenses.view import DefenderView
 from bbfast.errors import ConfigError, UnsupportedModelError
-from bbfast.training.prediction import evaluating
+from bbfast.training.prediction import evaluating, probe
 from bbfast.training.program import Batch, Program, derive_seed
 
 if TYPE_CHECKING:
@@ -305,16 +305,11 @@ class NPD(Defense):
         )
 
 
-@torch.no_grad()
 def _channels(model: nn.Module, layer: str, image_size: tuple[int, int, int]) -> int:
     """Channels of what comes into ``layer``: maps ``[B, C, h, w]`` or tokens ``[B, T, C]``."""
     shapes: list[torch.Size] = []
     handle = model.get_submodule(layer).register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
-    try:
-        with evaluating(model):
-            model(torch.zeros(1, *image_size, device=next(model.parameters()).device))
-    finally:
-        handle.remove()
+    probe(model, image_size, [handle])
     if not shapes or len(shapes[0]) not in (3, 4):
         shown = list(shapes[0]) if shapes else "nothing"
         reason = f"layer {layer!r} receives {shown}, not maps [B, C, h, w] or tokens [B, T, C]"
