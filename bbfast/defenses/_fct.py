@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,16 +13,19 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from bbfast._hashing import content_hash
 from bbfast.data.imageset import ImageSet
 from bbfast.defenses._content import content_keys, content_order
 from bbfast.defenses._diverged import lower, naming
 from bbfast.defenses._draws import Draws
+from bbfast.defenses._rows import pack, unpack
 from bbfast.defenses.base import DefenseConfig
 from bbfast.defenses.features import extract_features
 from bbfast.defenses.training._unlearn import sgd_recipe
 from bbfast.defenses.view import DefenderView
 from bbfast.errors import DataRequirementError, DivergedError
 from bbfast.models import features, roles
+from bbfast.models.state import model_state
 from bbfast.training import Batch, Program, train
 
 __all__ = ["FctConfig", "Sensitivity", "Separation", "check_fct", "sensitivity", "separation_loss", "turned"]
@@ -80,14 +84,14 @@ class Sensitivity:
         clean: bool ``[N]``, the ``int(alpha_clean N)`` lowest.
         poisoned: bool ``[N]``, the ``int(alpha_poison N)`` highest; the rest is uncertain.
         history: One dict an epoch.
-        seconds: By phase.
+        seconds: Of all that, or of finding it in the run's store.
     """
 
     scores: Tensor
     clean: Tensor
     poisoned: Tensor
     history: list[dict[str, Any]]
-    seconds: dict[str, float]
+    seconds: float
 
 
 def check_fct(view: DefenderView, config: FctConfig) -> None:
@@ -116,7 +120,8 @@ def sensitivity(view: DefenderView, config: FctConfig) -> Sensitivity:
        ``tau`` turns the image by up to ``rotate`` degrees, then shifts it by whole pixels; nearest pixel, black ground.
 
     ``tau`` is a function of the image's pixels and the seed, drawn once: thresholds and split are of the same scores.
-    Training goes through the images in an order of their pixels. The result does not depend on storage order.
+    Training goes through the images in an order of their pixels. The result does not depend on storage order. What
+    D-BR has made on the same data with the same settings D-ST finds in the run's store, and the other way round.
 
     Args:
         view: Grants ``poisoned_train`` and ``fresh_model``.
@@ -136,27 +141,44 @@ def sensitivity(view: DefenderView, config: FctConfig) -> Sensitivity:
         epochs=config.train_epochs + config.sep_epochs, lr=config.sd_lr, augment=False, compile=False
     )
     remedy = lower(config, "sd_lr")
-    with naming(view.method, "sensitivity", remedy):
-        done = train(
-            view.fresh_model(),
-            data,
-            recipe,
-            seed=view.seed,
-            device=view.device,
-            program=Separation(config.train_epochs, view.num_classes),
-            checkpoint=None if view.checkpoint is None else view.checkpoint / "fct",
-            progress=view.progress,
-            description=f"{view.method} sensitivity",
-        )
-    trained = time.perf_counter()
-    changes = feature_changes(done.model, data, view, config)
-    broken = int((~changes.isfinite()).sum())
-    if broken:
-        raise DivergedError(
-            f"{view.method}, sensitivity: the features of {broken} of {len(data)} samples are NaN or infinite after "
-            f"{recipe.epochs} epochs",
-            remedy,
-        )
+    model = view.fresh_model()
+    program = Separation(config.train_epochs, view.num_classes)
+
+    def make(folder: Path) -> dict[str, Tensor]:
+        with naming(view.method, "sensitivity", remedy):
+            done = train(
+                model,
+                data,
+                recipe,
+                seed=view.seed,
+                device=view.device,
+                program=program,
+                checkpoint=folder,
+                progress=view.progress,
+                description=f"{view.method} sensitivity",
+            )
+        changes = feature_changes(done.model, data, view, config)
+        broken = int((~changes.isfinite()).sum())
+        if broken:
+            raise DivergedError(
+                f"{view.method}, sensitivity: the features of {broken} of {len(data)} samples are NaN or infinite "
+                f"after {recipe.epochs} epochs",
+                remedy,
+            )
+        return {"changes": changes, **pack(done.history)}
+
+    settings = {
+        "data": content_hash({"images": data.images, "labels": data.labels}),
+        "normalisation": [data.mean, data.std],
+        # Two architectures may have the same weights.
+        "model": roles(model).label,
+        "start": content_hash(model_state(model)),
+        "recipe": recipe.model_dump(mode="json"),
+        "program": program.describe(),
+        "turns": [config.views, config.rotate, config.translate],
+    }
+    history, found = unpack(view.obtain("fct", settings, make, seed=view.seed))
+    changes = found["changes"]
     n = len(data)
     rank = changes.argsort(stable=True)
     clean, poisoned = (torch.zeros(n, dtype=torch.bool) for _ in range(2))
@@ -167,8 +189,8 @@ def sensitivity(view: DefenderView, config: FctConfig) -> Sensitivity:
         changes[back],
         clean[back],
         poisoned[back],
-        done.history,
-        {"train": trained - start, "features": time.perf_counter() - trained},
+        history,
+        time.perf_counter() - start,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from bbfast import defenses
 from bbfast.attacks.result import AttackResult
 from bbfast.data.imageset import ImageSet
+from bbfast.defenses import DefenseResult, _fct
 from bbfast.defenses.training import d_st
 from bbfast.defenses.training._contrastive import Encoder, Rate, SupCon, supcon
 from bbfast.defenses.training._views import Views
@@ -214,3 +216,33 @@ def test_architectures(toy_attack: MakeAttack, name: str) -> None:
 def test_it_repairs_the_digits(digits_attack: AttackResult) -> None:
     metrics = defenses.defend("d_st", digits_attack, device="cpu", progress=False).metrics
     assert metrics["asr"] <= 0.15 and metrics["c_acc"] >= metrics["c_acc_before"] - 0.05, metrics
+
+
+def test_d_br_and_d_st_share_what_they_make_alike(
+    toy_attack: MakeAttack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One store, the same settings: D-ST finds how sensitive D-BR found the samples, and ends as it does by itself."""
+    attack = toy_attack(n=100)
+    attack.config["recipe"]["deterministic"] = True
+    method, same = defenses.create("d_st", **TINY), ("train_epochs", "sep_epochs", "batch_size", "views")
+    alone = defenses.defend(method, attack, device="cpu", progress=False)
+    other = defenses.create("d_br", rounds=0, **{key: TINY[key] for key in same})
+    first = defenses.defend(other, attack, device="cpu", progress=False, store=tmp_path)
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("it was made again")
+
+    monkeypatch.setattr(_fct, "feature_changes", refuse)
+    shared = defenses.defend(method, attack, device="cpu", progress=False, store=tmp_path)
+    assert shared.scores is not None and alone.scores is not None and first.scores is not None
+    assert torch.equal(shared.scores, alone.scores) and torch.equal(shared.scores, first.scores)
+    assert shared.model is not None and alone.model is not None
+
+    def timeless(result: DefenseResult) -> list[dict[str, Any]]:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in result.history]
+
+    assert timeless(shared) == timeless(alone)
+    state = alone.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in shared.model.state_dict().items())
+    with pytest.raises(AssertionError, match="made again"):
+        defenses.defend(method, attack, seed=1, device="cpu", progress=False, store=tmp_path)

@@ -125,7 +125,7 @@ class DBR(Defense):
                 "calibration": {"rule": "share", "alpha_poison": config.alpha_poison},
                 "clean": int(found.clean.sum()),
                 "flagged": int(found.poisoned.sum()),
-                "seconds": found.seconds,
+                "seconds": {"sensitivity": found.seconds},
             },
         )
         if config.rounds:

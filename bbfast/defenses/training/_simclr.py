@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from bbfast._hashing import content_hash
 from bbfast.data.imageset import ImageSet
 from bbfast.defenses._diverged import lower
+from bbfast.defenses._rows import pack, unpack
 from bbfast.defenses.base import DefenseConfig
 from bbfast.defenses.training._contrastive import Encoder, Rate, SimClr, pretrain
 from bbfast.defenses.training._unlearn import sgd_recipe
@@ -20,8 +20,6 @@ from bbfast.defenses.view import DefenderView
 from bbfast.models import roles
 
 __all__ = ["DIGITS_SIMCLR", "SimClrConfig", "self_supervised"]
-
-_ROW = "history/"
 
 DIGITS_SIMCLR: dict[str, Any] = {"ssl_batch": 128, "ssl_lr": 0.1, "mirror": False}
 """Ours: 1,442 images are three steps an epoch in batches of 512; a quarter of the batch at a quarter of the rate. A
@@ -74,9 +72,7 @@ def self_supervised(view: DefenderView, data: ImageSet, config: SimClrConfig) ->
 
     def make(folder: Path) -> dict[str, Tensor]:
         done = pretrain(view, encoder, unlabelled, recipe, program, folder, lower(config, "ssl_lr"))
-        columns = {name: [row[name] for row in done.history] for name in (done.history or [{}])[0]}
-        rows = {f"{_ROW}{name}": _column(values) for name, values in columns.items()}
-        return {**encoder.state_dict(), **rows}
+        return {**encoder.state_dict(), **pack(done.history)}
 
     settings = {
         "images": content_hash({"images": data.images}),
@@ -88,10 +84,6 @@ def self_supervised(view: DefenderView, data: ImageSet, config: SimClrConfig) ->
         "program": program.describe(),
     }
     found = view.obtain("simclr", settings, make, seed=view.derive_seed("ssl"))
-    columns = {name.removeprefix(_ROW): value.tolist() for name, value in found.items() if name.startswith(_ROW)}
-    encoder.load_state_dict({name: value for name, value in found.items() if not name.startswith(_ROW)})
-    return encoder.eval(), [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def _column(values: list[Any]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64 if all(isinstance(value, int) for value in values) else torch.float64)
+    rows, state = unpack(found)
+    encoder.load_state_dict(state)
+    return encoder.eval(), rows

@@ -128,7 +128,7 @@ class DST(Defense):
     def run(self, view: DefenderView) -> DefenseResult:
         cfg: DSTConfig = self.config
         found = sensitivity(view, cfg)
-        seconds, clock = dict(found.seconds), time.perf_counter()
+        seconds, clock = {"sensitivity": found.seconds}, time.perf_counter()
         given = view.poisoned_train
         order = content_order(given.images, given.labels)
         data, at = given.subset(order), order.cpu()
