@@ -15,6 +15,13 @@ settings.register_profile("bbfast", derandomize=True, deadline=None)
 settings.load_profile("bbfast")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files of this folder first: their tests start processes and take long, and at the end of the run one worker
+    would be left with them while the other has nothing to do."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: item.path.parent != here)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing is kept in, or found in, the user's cache folder."""
