@@ -55,9 +55,8 @@ def main() -> None:
     judges = [name for name, kind in kinds.items() if not kind & {"mitigation", "training"}]
     hours = sum(row["seconds"] or 0 for row in found) / 3600
     states = [row["status"] for row in found]
-    print(
-        ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)), f"; {hours:.1f} h of stages\n"
-    )
+    said = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    print(f"{said}; {hours:.1f} hours of stages\n")
     for title, figures, names in (
         ("C-Acc / ASR", ("c_acc", "asr"), [NO_DEFENSE, *makers]),
         ("DER", ("der",), makers),
