@@ -108,6 +108,7 @@ def test_a_defense_that_refuses_is_not_a_failure(plan: MakePlan, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_command_killed_twenty_times_ends_as_if_never_killed(plan: MakePlan, tmp_path: Path) -> None:
     """SIGKILL while real attacks are trained and real defenses at work; trainings go on from their checkpoints."""
     grid: dict[str, Any] = {"datasets": ["digits"], "models": ["small_cnn"], "ratios": [0.05], "preset": "quick"}
